@@ -1,0 +1,158 @@
+"""Every field of a qvit_jax config: its default, its unit, its legal values.
+
+An experiment file calls `get_config()` and sets what differs. Sections are one
+level deep. `--config.section.field=value` overrides a field on the command
+line; an unknown field is an error that names the nearest one. The legal values
+written here are enforced by `qvit_jax/config.py`.
+"""
+
+import ml_collections
+
+
+def get_config():
+  """Returns the defaults of all sections."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # Of init, data order, augmentation and dropout; integer >= 0.
+
+  c.model = ml_collections.ConfigDict(
+    dict(
+      name='vit',  # 'vit'
+      # 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'.
+      # '' takes the five numbers below instead.
+      size='',
+      patch=16,  # Side of a patch in pixels; divides image_size.
+      width=192,  # Channels of a token; heads divides it.
+      depth=12,  # Transformer blocks; >= 1.
+      heads=3,  # Attention heads; >= 1.
+      mlp_dim=768,  # Hidden channels of the MLP; >= 1.
+      image_size=224,  # Side of the square input in pixels; >= 1.
+      num_classes=1000,  # Outputs of the head; >= 2.
+      pool='token',  # 'token' (class token) | 'mean' (of all tokens)
+      layer_scale=0.0,  # Initial value of LayerScale; 0 = none.
+      qk_norm=False,  # LayerNorm on queries and keys of each head.
+      norm_eps=1e-6,  # Epsilon of every LayerNorm; > 0.
+      dropout=0.0,  # After attention and in the MLP; [0, 1).
+      attention_dropout=0.0,  # On attention weights; [0, 1).
+      embedding_dropout=0.0,  # After the position embedding; [0, 1).
+      head_dropout=0.0,  # Before the head; [0, 1).
+      # Chance to skip the last block's branches, growing linearly from 0
+      # at the first block; [0, 1).
+      stochastic_depth=0.0,
+      dtype='bfloat16',  # Of products: 'bfloat16' | 'float32'
+      remat=False,  # Recompute blocks in the backward pass: less memory.
+    )
+  )
+
+  c.quant = ml_collections.ConfigDict(
+    dict(
+      recipe='none',  # 'none' (float) | 'aqt' (AQT, straight-through)
+      # Bits of every layer: 'wXaY', 'wX' (weights only), 'aY'
+      # (activations only) or 'float'; X and Y are 2 to 8.
+      default='w4a4',
+      # Bits of both attention products: 'aY' or 'float'.
+      attention='float',
+      # ((regex, spec), ...): the first regex found in a site's path wins
+      # over `default`, e.g. (('patch_embed|head', 'w8a8'),). Specs with a
+      # weight part leave the attention products alone.
+      rules=(),
+      act_granularity='per_token',  # 'per_token' | 'per_tensor'
+    )
+  )
+
+  c.weights = ml_collections.ConfigDict(
+    dict(
+      # Workdir of another run of ours to start from; '' = from scratch.
+      # A head of another class count is replaced by a fresh one.
+      path='',
+    )
+  )
+
+  c.data = ml_collections.ConfigDict(
+    dict(
+      source='digits',  # 'digits' (ships with scikit-learn) | 'tfds'
+      name='',  # TFDS name, e.g. 'cifar100'; '' with source='digits'.
+      dir='',  # TFDS data_dir; '' = TFDS_DATA_DIR, else TFDS's own.
+      train_split='train',  # TFDS split syntax works: 'train[:90%]'.
+      eval_split='test',
+      mean=(0.485, 0.456, 0.406),  # Of the RGB channels in 0..1.
+      std=(0.229, 0.224, 0.225),  # > 0
+      resize='bicubic',  # 'bicubic' | 'bilinear', both with antialias
+      pad=0,  # Pixels: pad by this many, crop at random; >= 0.
+      flip=False,  # Mirror left-right with probability 1/2.
+      erase=0.0,  # Chance to erase a rectangle of an image; [0, 1].
+      mixup=0.0,  # Beta parameter of mixup; 0 = off.
+      cutmix=0.0,  # Beta parameter of CutMix; 0 = off.
+      # MiB of uint8 images (train + eval) kept on the device; larger sets
+      # stream from the host.
+      resident_mib=2048,
+      workers=0,  # Decoding processes when streaming; 0 = threads.
+    )
+  )
+
+  c.optim = ml_collections.ConfigDict(
+    dict(
+      name='adamw',  # 'adamw' | 'sgd' | 'lamb' | 'adafactor'
+      lr=1e-3,  # Peak learning rate; > 0.
+      schedule='cosine',  # 'cosine' | 'linear' | 'constant', after warm-up
+      # Linear warm-up, used when warmup_steps is 0. Where `train.steps` cuts a
+      # run of `train.epochs` short, the warm-up shrinks with it.
+      warmup_epochs=0.0,
+      warmup_steps=0,  # Updates; shorter than the training.
+      warmup_from=1e-5,  # Learning rate of the first update; >= 0.
+      end_lr=0.0,  # Learning rate after the last update; >= 0.
+      weight_decay=0.0,  # Per unit of learning rate; >= 0.
+      decay_rules=('kernel$',),  # Regexes of the parameters that decay.
+      clip_norm=0.0,  # Global gradient norm; 0 = no clipping.
+      b1=0.9,  # adamw, lamb: decay of the first moment; [0, 1).
+      b2=0.999,  # adamw, lamb: decay of the second moment; [0, 1).
+      momentum=0.9,  # sgd: [0, 1).
+    )
+  )
+
+  c.train = ml_collections.ConfigDict(
+    dict(
+      steps=0,  # Updates; >= 0; 0: `epochs` counts.
+      epochs=0.0,  # Passes over the training split, used when steps is 0.
+      batch_size=128,  # Images an update, over all devices.
+      accumulate=1,  # Forward-backward passes an update; divides the batch.
+      label_smoothing=0.0,  # [0, 1)
+      ema_decay=0.0,  # Of the weights that are evaluated; 0 = off; [0, 1).
+      patience=0,  # Stop after this many evaluations without a new best.
+      trainable=('params',),  # Collections that get gradients.
+    )
+  )
+
+  c.eval = ml_collections.ConfigDict(
+    dict(
+      batch_size=256,  # Images a step, over all devices.
+      num_examples=0,  # Evaluate the first N images; 0 = all.
+      every=0,  # Updates between evaluations; 0 = once an epoch.
+    )
+  )
+
+  c.checkpoint = ml_collections.ConfigDict(
+    dict(
+      # Another run's workdir, or WORKDIR/checkpoints/STEP: what `eval`
+      # evaluates and what a new `train` run starts from. '' = own workdir.
+      path='',
+      every=0,  # Updates between saves; 0 = at each evaluation.
+    )
+  )
+
+  # Devices along each axis of the mesh; their product is the device count.
+  c.mesh = ml_collections.ConfigDict(
+    dict(
+      data=0,  # Copies of the model; 0 = all devices that are left.
+      fsdp=1,  # Parts that parameters and batch are split into.
+      tensor=1,  # Parts that heads and MLP channels are split into.
+    )
+  )
+
+  c.log = ml_collections.ConfigDict(
+    dict(
+      every=50,  # Updates between two lines of metrics; >= 1.
+      tensorboard=True,  # Event files through CLU (needs TensorFlow).
+      histograms=True,  # Of the weights, at each evaluation.
+    )
+  )
+  return c

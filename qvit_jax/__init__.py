@@ -1,0 +1,1 @@
+"""Train, quantize and deploy vision transformers in JAX."""

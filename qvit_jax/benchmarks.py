@@ -1,0 +1,160 @@
+"""What `--mode=benchmark` times of an experiment and its float twin. Row 8."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvit_jax.evaluation import benchmark as timing
+from qvit_jax.experiment import Experiment
+
+# A training step costs a forward pass and two products of the same size
+# backward; a multiply-accumulate is two operations.
+_TRAIN_FLOPS_PER_MAC = 6
+_INFERENCE_FLOPS_PER_MAC = 2
+
+
+class _Stepper:
+  """A train step that carries its own state from call to call."""
+
+  def __init__(self, experiment: Experiment):
+    source = experiment.replicate(experiment.data.train.source)
+    self._batches = experiment.train_batches(1, 10**9)
+    self._fixed = next(self._batches)
+    key = jax.random.key(experiment.config.seed)
+    state = experiment.fresh_state(key)
+    self.compiled, self.compile_seconds = experiment.compile_train_step(
+      state, source, self._fixed
+    )
+    self._state, self._source = state, source
+
+  def fixed(self) -> jax.Array:
+    """Steps on one batch that is on the device already."""
+    return self._step(self._fixed)
+
+  def loaded(self) -> jax.Array:
+    """Steps on the next batch of the data set."""
+    return self._step(next(self._batches))
+
+  def _step(self, batch) -> jax.Array:
+    self._state, tick = self.compiled(self._state, self._source, batch)
+    return tick
+
+
+def time_training(
+  twins: dict[str, Experiment], *, rounds: int
+) -> dict[str, Any]:
+  """Returns times, ratios, memory and FLOP/s of the train steps.
+
+  Args:
+    twins: 'model' and, if that is quantized, 'float'.
+    rounds: Timed turns of each candidate.
+  """
+  steppers = {name: _Stepper(twin) for name, twin in twins.items()}
+  calls: dict[str, Callable[[], Any]] = {
+    name: stepper.loaded for name, stepper in steppers.items()
+  }
+  calls['model_fixed_batch'] = steppers['model'].fixed
+  seconds = timing.interleave(calls, rounds=rounds)
+  batch = twins['model'].config.train.batch_size
+  return {
+      'candidates': {
+          name: _candidate(
+              twins['model'], seconds[name], stepper.compiled,
+              stepper.compile_seconds, batch, _TRAIN_FLOPS_PER_MAC,
+          )
+          for name, stepper in steppers.items()
+      },
+      'ratios': _ratios(seconds)
+      | {
+          'data_rate': timing.ratio(
+              seconds['model_fixed_batch'], seconds['model']
+          )
+      },
+      'samples_seconds': seconds,
+  }  # fmt: skip
+
+
+def time_inference(
+  twins: dict[str, Experiment], *, rounds: int
+) -> dict[str, Any]:
+  """Returns the same for a forward pass on one random batch."""
+  experiment = twins['model']
+  batch, size = (
+    experiment.config.eval.batch_size,
+    experiment.config.model.image_size,
+  )
+  variables = experiment.fresh_state(jax.random.key(0)).variables
+  images = jax.device_put(
+    jax.random.normal(jax.random.key(1), (batch, size, size, 3), jnp.float32),
+    experiment.batch_sharding,
+  )
+  compiled, compile_seconds = {}, {}
+  for name, twin in twins.items():
+    forward = jax.jit(twin.model.module.apply)
+    compiled[name], compile_seconds[name] = timing.compile_timed(
+      forward, variables, images
+    )
+  calls = {
+    name: (lambda run=run: run(variables, images))
+    for name, run in compiled.items()
+  }
+  seconds = timing.interleave(calls, rounds=rounds)
+  return {
+      'candidates': {
+          name: _candidate(
+              experiment, seconds[name], compiled[name], compile_seconds[name],
+              batch, _INFERENCE_FLOPS_PER_MAC,
+          )
+          for name in twins
+      },
+      'ratios': _ratios(seconds),
+      'samples_seconds': seconds,
+  }  # fmt: skip
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
+  if 'float' not in seconds:
+    return {}
+  return {'model_to_float': timing.ratio(seconds['model'], seconds['float'])}
+
+
+def _candidate(
+  experiment, seconds, compiled, compile_seconds, batch, flops_per_mac
+) -> dict[str, Any]:
+  spread = timing.spread(seconds)
+  rate = batch / spread['median']
+  flops = experiment.model.plan.macs() * flops_per_mac * rate
+  peak = timing.peak_flops()
+  return {
+    'milliseconds': {k: 1e3 * v for k, v in spread.items()},
+    'images_per_second': rate,
+    'compile_seconds': compile_seconds,
+    'model_flops_per_second': flops,
+    'share_of_bf16_peak': flops / peak if peak else None,
+    'memory_bytes': timing.memory(compiled),
+  }
+
+
+def table(result: dict[str, Any]) -> str:
+  """Returns the numbers of a benchmark as aligned text."""
+  lines = [
+    f'{"":22}{"median ms":>11}{"p10":>10}{"p90":>10}{"images/s":>11}'
+    f'{"compile s":>11}{"GFLOP/s":>10}{"peak MiB":>10}'
+  ]
+  for part in ('train', 'inference'):
+    for name, c in result[part]['candidates'].items():
+      ms, peak = c['milliseconds'], c['memory_bytes']['peak']
+      mib = f'{peak / 2**20:.0f}' if peak is not None else '-'
+      lines.append(
+        f'{part + " " + name:22}{ms["median"]:11.2f}{ms["p10"]:10.2f}'
+        f'{ms["p90"]:10.2f}{c["images_per_second"]:11.1f}'
+        f'{c["compile_seconds"]:11.1f}'
+        f'{c["model_flops_per_second"] / 1e9:10.0f}{mib:>10}'
+      )
+    for name, r in result[part]['ratios'].items():
+      lines.append(
+        f'{part} {name}: {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
+      )
+  return '\n'.join(lines)

@@ -1,0 +1,266 @@
+"""Legal values of the config's fields, checked before anything is built. Row 1.
+
+Checks that need a model, a mesh or data sit where those are built.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from qvit_jax.errors import ConfigError
+
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*values: str) -> _Check:
+  return (lambda v: v in values), ' | '.join(repr(v) for v in values)
+
+
+def _number(low: float, high: float = math.inf, *, open_low=False) -> _Check:
+  def holds(v):
+    return math.isfinite(v) and (low < v if open_low else low <= v) and v < high
+
+  text = f'a number {">" if open_low else ">="} {low:g}'
+  return holds, text + (f' and < {high:g}' if high < math.inf else '')
+
+
+def _share() -> _Check:
+  return (lambda v: 0 <= v <= 1), 'a number from 0 to 1'
+
+
+def _channels(*, positive: bool) -> _Check:
+  def holds(v):
+    return len(v) == 3 and all(
+        isinstance(x, (int, float)) and math.isfinite(x) for x in v
+    ) and not (positive and min(v) <= 0)  # fmt: skip
+
+  return holds, f'three {"positive " if positive else ""}numbers'
+
+
+def _strings() -> _Check:
+  return (
+    lambda v: bool(v) and all(isinstance(x, str) and x for x in v)
+  ), "a tuple of names such as ('params',)"
+
+
+_ANY: _Check = ((lambda v: True), '')
+_BOOL: _Check = ((lambda v: isinstance(v, bool)), 'True or False')
+_ONE_UP = _number(1)
+_ZERO_UP = _number(0)
+_BELOW_ONE = _number(0, 1)
+
+LEGAL: dict[str, _Check] = {
+  'seed': _ZERO_UP,
+  'model.name': _one_of('vit'),
+  'model.size': _ANY,
+  'model.patch': _ONE_UP,
+  'model.width': _ONE_UP,
+  'model.depth': _ONE_UP,
+  'model.heads': _ONE_UP,
+  'model.mlp_dim': _ONE_UP,
+  'model.image_size': _ONE_UP,
+  'model.num_classes': _number(2),
+  'model.pool': _one_of('token', 'mean'),
+  'model.layer_scale': _ZERO_UP,
+  'model.qk_norm': _BOOL,
+  'model.norm_eps': _number(0, open_low=True),
+  'model.dropout': _BELOW_ONE,
+  'model.attention_dropout': _BELOW_ONE,
+  'model.embedding_dropout': _BELOW_ONE,
+  'model.head_dropout': _BELOW_ONE,
+  'model.stochastic_depth': _BELOW_ONE,
+  'model.dtype': _one_of('bfloat16', 'float32'),
+  'model.remat': _BOOL,
+  'quant.recipe': _one_of('none', 'aqt'),
+  'quant.default': _ANY,
+  'quant.attention': _ANY,
+  'quant.rules': _ANY,
+  'quant.act_granularity': _one_of('per_token', 'per_tensor'),
+  'weights.path': _ANY,
+  'data.source': _one_of('digits', 'tfds'),
+  'data.name': _ANY,
+  'data.dir': _ANY,
+  'data.train_split': _ANY,
+  'data.eval_split': _ANY,
+  'data.mean': _channels(positive=False),
+  'data.std': _channels(positive=True),
+  'data.resize': _one_of('bicubic', 'bilinear'),
+  'data.pad': _ZERO_UP,
+  'data.flip': _BOOL,
+  'data.erase': _share(),
+  'data.mixup': _ZERO_UP,
+  'data.cutmix': _ZERO_UP,
+  'data.resident_mib': _ZERO_UP,
+  'data.workers': _ZERO_UP,
+  'optim.name': _one_of('adamw', 'sgd', 'lamb', 'adafactor'),
+  'optim.lr': _number(0, open_low=True),
+  'optim.schedule': _one_of('cosine', 'linear', 'constant'),
+  'optim.warmup_epochs': _ZERO_UP,
+  'optim.warmup_steps': _ZERO_UP,
+  'optim.warmup_from': _ZERO_UP,
+  'optim.end_lr': _ZERO_UP,
+  'optim.weight_decay': _ZERO_UP,
+  'optim.decay_rules': _strings(),
+  'optim.clip_norm': _ZERO_UP,
+  'optim.b1': _BELOW_ONE,
+  'optim.b2': _BELOW_ONE,
+  'optim.momentum': _BELOW_ONE,
+  'train.steps': _ZERO_UP,
+  'train.epochs': _ZERO_UP,
+  'train.batch_size': _ONE_UP,
+  'train.accumulate': _ONE_UP,
+  'train.label_smoothing': _BELOW_ONE,
+  'train.ema_decay': _BELOW_ONE,
+  'train.patience': _ZERO_UP,
+  'train.trainable': _strings(),
+  'eval.batch_size': _ONE_UP,
+  'eval.num_examples': _ZERO_UP,
+  'eval.every': _ZERO_UP,
+  'checkpoint.path': _ANY,
+  'checkpoint.every': _ZERO_UP,
+  'mesh.data': _ZERO_UP,
+  'mesh.fsdp': _ONE_UP,
+  'mesh.tensor': _ONE_UP,
+  'log.every': _ONE_UP,
+  'log.tensorboard': _BOOL,
+  'log.histograms': _BOOL,
+}
+
+# Fields that only count under a condition on others: (fields, does it hold,
+# what to do). Checked for fields that the command line sets.
+_NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ('quant.default', 'quant.attention', 'quant.rules',
+         'quant.act_granularity'),
+        lambda c: c.quant.recipe != 'none',
+        "quant.recipe is 'none'; set --config.quant.recipe=aqt",
+    ),
+    (
+        ('model.patch', 'model.width', 'model.depth', 'model.heads',
+         'model.mlp_dim'),
+        lambda c: not c.model.size,
+        'model.size is set; add --config.model.size=',
+    ),
+    (
+        ('optim.momentum',),
+        lambda c: c.optim.name == 'sgd',
+        'only sgd has it; set --config.optim.name=sgd',
+    ),
+    (
+        ('optim.b1', 'optim.b2'),
+        lambda c: c.optim.name in ('adamw', 'lamb'),
+        'only adamw and lamb have it; set --config.optim.name=adamw',
+    ),
+    (
+        ('optim.end_lr',),
+        lambda c: c.optim.schedule != 'constant',
+        'the schedule is constant; set --config.optim.schedule=cosine',
+    ),
+    (
+        ('optim.decay_rules',),
+        lambda c: c.optim.weight_decay > 0,
+        'optim.weight_decay is 0; raise it',
+    ),
+    (
+        ('optim.warmup_epochs',),
+        lambda c: c.optim.warmup_steps == 0,
+        'optim.warmup_steps is set; add --config.optim.warmup_steps=0',
+    ),
+    (
+        ('train.epochs',),
+        lambda c: c.train.steps == 0,
+        'train.steps is set; add --config.train.steps=0',
+    ),
+)  # fmt: skip
+
+# Sections that a mode does not read; a flag for one of them is mentioned.
+UNUSED = {
+    'train': (),
+    'eval': ('optim', 'train', 'weights'),
+    'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
+              'mesh', 'log', 'seed'),
+    'benchmark': ('weights', 'checkpoint', 'log'),
+}  # fmt: skip
+
+
+def flatten(config) -> dict[str, Any]:
+  """Returns {'section.field': value}, in the file's order."""
+  flat = {}
+  for section, fields in config.items():
+    if hasattr(fields, 'items'):
+      flat |= {f'{section}.{name}': value for name, value in fields.items()}
+    else:
+      flat[section] = fields
+  return flat
+
+
+def nearest(name: str, config) -> str:
+  """Returns the field of the config whose name is most like `name`."""
+  return difflib.get_close_matches(name, flatten(config), n=1, cutoff=0.0)[0]
+
+
+def to_json(config) -> dict[str, Any]:
+  """Returns the resolved config as JSON values (tuples become lists)."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
+  """Checks every field by itself and the overrides for an effect.
+
+  Args:
+    config: The whole config.
+    mode: What it will be used for.
+    overrides: Fields that the command line sets.
+
+  Returns:
+    One line for each override that this mode does not read.
+
+  Raises:
+    ConfigError: A value is illegal, or an override has no effect in any mode.
+  """
+  flat = flatten(config)
+  for name in LEGAL:
+    if name not in flat:
+      raise ConfigError(
+        f'the config has no field {name}; build it with '
+        'configs.common.get_config()'
+      )
+  for name, value in flat.items():
+    if name not in LEGAL:
+      raise ConfigError(
+          f'unknown field {name}; the nearest is {nearest(name, config)}'
+          if len(LEGAL) != len(flat) else f'unknown field {name}'
+      )  # fmt: skip
+    holds, legal = LEGAL[name]
+    if not _holds(holds, value):
+      raise ConfigError(
+        f'{name}={value!r} is not allowed; allowed: {legal}. Set '
+        f'--config.{name}=...'
+      )
+  if not config.train.steps and config.train.epochs <= 0:
+    raise ConfigError(
+      'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
+      'positive number'
+    )
+  overrides = list(overrides)
+  for fields, counts, hint in _NEEDS:
+    for name in fields:
+      if name in overrides and not counts(config):
+        raise ConfigError(
+          f'{name}={flat[name]!r} would have no effect: {hint}, or leave '
+          f'{name} out'
+        )
+  return [
+    f'--config.{name} has no effect in --mode={mode}'
+    for name in overrides
+    if name.split('.')[0] in UNUSED[mode]
+  ]
+
+
+def _holds(check: Callable[[Any], bool], value: Any) -> bool:
+  try:
+    return check(value)
+  except TypeError:
+    return False

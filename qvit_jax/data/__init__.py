@@ -1,0 +1,145 @@
+"""Data sets: what a config names, as two splits of batches. Row 4."""
+
+import dataclasses
+import math
+
+from qvit_jax.data import batches, digits, preprocess
+from qvit_jax.errors import ConfigError, DataError
+
+__all__ = ['Data', 'find_data', 'open_data', 'preprocess']
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Both splits of a data set.
+
+  Attributes:
+    train: Split that is learned from; None when only evaluating.
+    eval: Split that is evaluated.
+    class_names: In label order.
+    description: One line for the header of a run.
+  """
+
+  train: batches.ResidentSplit | batches.StreamedSplit | None
+  eval: batches.ResidentSplit | batches.StreamedSplit
+  class_names: tuple[str, ...]
+  description: str
+
+
+def open_data(config, *, training: bool) -> Data:
+  """Returns the data set that `config.data` names.
+
+  Args:
+    config: A whole config.
+    training: False skips the training split.
+
+  Raises:
+    DataError: The set is missing or does not fit the model.
+    ConfigError: A field of `config.data` contradicts another.
+  """
+  if config.data.source == 'digits':
+    return _open_digits(config, training)
+  return _open_tfds(config, training)
+
+
+def find_data(config) -> None:
+  """Raises DataError if the data set is not there, before anything is built."""
+  if config.data.source == 'tfds':
+    _open_builder(config)
+
+
+def _open_builder(config):
+  # TFDS costs a second to import and digits do without it.
+  from qvit_jax.data import tfds_source
+
+  if not config.data.name:
+    raise ConfigError(
+      "data.source='tfds' needs a set; set --config.data.name=cifar100"
+    )
+  return tfds_source.open_builder(config.data.name, config.data.dir)
+
+
+def _open_digits(config, training: bool) -> Data:
+  for field, allowed in (('name', ('', 'digits')), ('dir', ('',))):
+    if config.data[field] not in allowed:
+      raise ConfigError(
+        f'data.{field}={config.data[field]!r} has no effect with '
+        "data.source='digits'; set --config.data.source=tfds"
+      )
+  splits = digits.load()
+  wanted = (config.data.train_split, config.data.eval_split)
+  for split in wanted:
+    if split not in splits:
+      raise DataError(
+        f"digits has no split {split!r}; choose 'train' or 'test'"
+      )
+  names = tuple(map(str, range(10)))
+  return _resident(
+      config, 'digits', names, splits[wanted[0]] if training else None,
+      splits[wanted[1]],
+  )  # fmt: skip
+
+
+def _open_tfds(config, training: bool) -> Data:
+  from qvit_jax.data import tfds_source
+
+  data, builder = config.data, _open_builder(config)
+  names = tfds_source.classes(builder)
+  _check_classes(config, data.name, names)
+  limit = config.eval.num_examples
+  train = tfds_source.read(builder, data.train_split) if training else None
+  evaluation = tfds_source.read(builder, data.eval_split)
+  shape = tfds_source.image_shape(builder)
+  if shape and _fits(data, shape, train, evaluation):
+    return _resident(
+        config, data.name, names, tfds_source.load(*train) if train else None,
+        tfds_source.load(*evaluation, limit=limit),
+    )  # fmt: skip
+
+  def streamed(records, image, label, limit=0):
+    return batches.StreamedSplit(
+      records,
+      lambda record: (tfds_source.as_rgb(record[image]), int(record[label])),
+      image_size=config.model.image_size,
+      num_classes=config.model.num_classes,
+      workers=data.workers,
+      limit=limit,
+    )
+
+  train = streamed(*train) if training else None
+  evaluation = streamed(*evaluation, limit=limit)
+  return Data(train, evaluation, names, _describe(data.name, train, evaluation))
+
+
+def _fits(data, shape, train, evaluation) -> bool:
+  count = len(evaluation[0]) + (len(train[0]) if train else 0)
+  pixels = math.prod(shape[:2]) * 3
+  return count * pixels <= data.resident_mib * 2**20
+
+
+def _resident(config, name, class_names, train, evaluation) -> Data:
+  _check_classes(config, name, class_names)
+  limit = config.eval.num_examples or None
+  evaluation = batches.ResidentSplit(*(part[:limit] for part in evaluation))
+  train = batches.ResidentSplit(*train) if train else None
+  for split in filter(None, (train, evaluation)):
+    batches.check_labels(split.labels, config.model.num_classes)
+  return Data(
+    train, evaluation, class_names, _describe(name, train, evaluation)
+  )
+
+
+def _check_classes(config, name: str, class_names: tuple[str, ...]) -> None:
+  if len(class_names) > config.model.num_classes:
+    raise DataError(
+      f'{name} has {len(class_names)} classes, more than '
+      f'model.num_classes={config.model.num_classes}; set '
+      f'--config.model.num_classes={len(class_names)}'
+    )
+
+
+def _describe(name, train, evaluation) -> str:
+  kind = type(evaluation).__name__.removesuffix('Split').lower()
+  parts = [f'{train.size:,} train'] if train else []
+  parts.append(f'{evaluation.size:,} eval images')
+  return f'{name}, {", ".join(parts)}, {kind}'

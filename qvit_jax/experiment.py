@@ -1,0 +1,261 @@
+"""Builds everything that one config describes. Row 8: the only assembler."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qvit_jax import config as config_lib
+from qvit_jax import models, quantization, tree
+from qvit_jax.data import Data, find_data, open_data, preprocess
+from qvit_jax.evaluation import evaluate as evaluate_lib
+from qvit_jax.evaluation.benchmark import compile_timed
+from qvit_jax.evaluation.metrics import EvalSums
+from qvit_jax.ops import Ops
+from qvit_jax.training import checkpoint, optimizer, sharding
+from qvit_jax.training.state import TrainState, make_state, split_collections
+from qvit_jax.training.step import make_train_step
+
+
+class Model:
+  """A model, its plan and its arithmetic; makes no array."""
+
+  def __init__(self, config):
+    """Builds it. Raises ConfigError, QuantError or RuleError."""
+    self.config = config
+    self.plan = quantization.build_plan(config.quant, models.list_sites(config))
+    self.ops: Ops = quantization.build_ops(config.quant, self.plan)
+    self.module = models.build_model(config, self.ops)
+    size = config.model.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    self.shapes = jax.eval_shape(self.init, jax.random.key(0), images)
+
+  def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
+    """Returns fresh variables, by collection."""
+    return dict(self.module.init(key, images))
+
+  @property
+  def title(self) -> str:
+    """One line: what it is and how many numbers it learns."""
+    model = self.config.model
+    shape = models.architecture(self.config)
+    name = model.size or (
+      f'width {shape["width"]}, depth {shape["depth"]}, {shape["heads"]} '
+      f'heads, MLP {shape["mlp_dim"]}, patch {shape["patch"]}'
+    )
+    return (
+      f'{model.name} {name}, {model.image_size} px, {model.num_classes} '
+      f'classes, {tree.num_elements(self.shapes["params"]):,} parameters, '
+      f'{model.dtype}'
+    )
+
+  @property
+  def bits(self) -> str:
+    """One line: recipe, bits, and what stays in float."""
+    quant, plan = self.config.quant, self.plan
+    if quant.recipe == 'none':
+      return 'float (recipe none)'
+    counts: dict[str, int] = {}
+    for site, spec in zip(plan.sites, plan.specs, strict=True):
+      kind = 'layers' if site.is_layer else 'attention products'
+      key = f'{kind} {spec}'
+      counts[key] = counts.get(key, 0) + 1
+    listed = ', '.join(f'{n} {key}' for key, n in counts.items())
+    return (
+      f'{listed} (recipe {quant.recipe}, activations {quant.act_granularity})'
+    )
+
+  def size_bytes(self) -> int:
+    """Returns the bytes of the parameters at the plan's bits."""
+    return tree.num_bytes(self.shapes['params']) - self.plan.saved_bytes()
+
+
+class Experiment:
+  """A model on its mesh with its data, optimizer and compiled functions."""
+
+  def __init__(self, config, *, training: bool, data: Data | None = None):
+    """Builds everything up to, but without, the first array.
+
+    Args:
+      config: A validated config.
+      training: False builds only what evaluation needs.
+      data: An opened data set to share; by default it is opened here.
+
+    Raises:
+      QvitError: Some part of the config cannot be.
+    """
+    self.config = config
+    if data is None:
+      find_data(config)
+    self.model = Model(config)
+    self.mesh = sharding.make_mesh(config)
+    self.data = data or open_data(config, training=training)
+    if training:
+      self._plan_training()
+
+  def _plan_training(self) -> None:
+    config, train = self.config, self.config.train
+    size, batch = self.data.train.size, train.batch_size
+    self.steps_per_epoch = max(1, size // batch)
+    self.total_steps = train.steps or -(-round(train.epochs * size) // batch)
+    self.warmup = optimizer.warmup_steps(
+      config, self.total_steps, self.steps_per_epoch
+    )
+    self.schedule = optimizer.make_schedule(
+      config, self.total_steps, self.warmup
+    )
+    trained, _ = split_collections(self.model.shapes, train.trainable)
+    self.tx = optimizer.make_optimizer(config, self.schedule, trained)
+    self._make_state = functools.partial(
+      make_state,
+      tx=self.tx,
+      trainable=train.trainable,
+      ema=train.ema_decay > 0,
+    )
+    self.state_shapes: TrainState = jax.eval_shape(
+      self._make_state, self.model.shapes
+    )
+    self.state_shardings, self.whole = self._shardings(self.state_shapes)
+
+  def _shardings(self, shapes: Any) -> tuple[Any, list[str]]:
+    rules = models.tensor_rules(self.config)
+    return sharding.infer(shapes, self.mesh, rules)
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    """Where the images of a batch lie."""
+    return NamedSharding(self.mesh, sharding.BATCH)
+
+  @property
+  def whole_sharding(self) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+  def schedule_line(self) -> str:
+    """One line: how long and with which learning rate."""
+    optim, total = self.config.optim, self.total_steps
+    epochs = total * self.config.train.batch_size / self.data.train.size
+    return (
+      f'{total} steps of {self.config.train.batch_size} images '
+      f'({epochs:.2f} epochs), {optim.name}, lr '
+      f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
+    )
+
+  # Arrays and their places.
+
+  def abstract_variables(self) -> dict[str, Any]:
+    """Returns shapes and places of the model's collections."""
+    shardings, _ = self._shardings(self.model.shapes)
+    return checkpoint.abstract(self.model.shapes, shardings)
+
+  def abstract_state(self) -> TrainState:
+    """Returns shapes and places of the training state."""
+    return checkpoint.abstract(self.state_shapes, self.state_shardings)
+
+  def state_of(self, variables: dict[str, Any]) -> TrainState:
+    """Returns the state before the first update of given variables."""
+    make = jax.jit(self._make_state, out_shardings=self.state_shardings)
+    return make(variables)
+
+  def fresh_state(
+    self, key: jax.Array, imported: dict[str, jax.Array] | None = None
+  ) -> TrainState:
+    """Returns a state with random weights, some replaced by path."""
+    size = self.config.model.image_size
+
+    def make(key, imported):
+      images = jnp.zeros((1, size, size, 3), jnp.float32)
+      variables = self.model.init(key, images)
+      merged = {**tree.flatten(variables), **imported}
+      return self._make_state(tree.unflatten(merged, variables))
+
+    jitted = jax.jit(make, out_shardings=self.state_shardings)
+    return jitted(key, imported or {})
+
+  def metadata(self) -> dict[str, Any]:
+    """Returns what every checkpoint of this experiment says of itself."""
+    return {
+      'config': config_lib.to_json(self.config),
+      'architecture': models.architecture(self.config),
+      'plan': self.model.plan.digest_lines(),
+      'class_names': list(self.data.class_names),
+    }
+
+  # Compiled functions.
+
+  def train_step_function(self) -> Callable:
+    """Returns step(state, source, batch), not yet jitted."""
+    data, model = self.config.data, self.config.model
+    return make_train_step(
+      apply=self.model.module.apply,
+      tx=self.tx,
+      gather=preprocess.gather,
+      prepare=functools.partial(
+        preprocess.prepare_train,
+        data=data,
+        size=model.image_size,
+        num_classes=model.num_classes,
+      ),
+      batch_sharding=self.batch_sharding,
+      train=self.config.train,
+      seed=self.config.seed,
+    )
+
+  def compile_train_step(self, state, source, batch) -> tuple[Callable, float]:
+    """Returns the compiled step and the seconds that took."""
+    step = jax.jit(
+      self.train_step_function(),
+      donate_argnums=0,
+      out_shardings=(self.state_shardings, self.whole_sharding),
+    )
+    return compile_timed(step, state, source, batch)
+
+  def train_batches(self, first: int, last: int) -> Iterator[Any]:
+    """Yields the placed batches of updates `first` .. `last`."""
+    batch = self.config.train.batch_size
+    rows = sharding.local_rows(self.mesh, batch)
+    hosts = self.data.train.train_batches(
+      seed=self.config.seed, batch=batch, rows=rows, first=first, last=last
+    )
+    for host in hosts:
+      yield sharding.place_batch(host, self.mesh, batch, rows)
+
+  def make_evaluator(self) -> Callable[..., dict[str, Any]]:
+    """Returns evaluate(variables, poll) -> metrics over the whole split."""
+    data, size = self.config.data, self.config.model.image_size
+    step = jax.jit(
+      evaluate_lib.make_eval_step(
+        apply=self.model.module.apply,
+        gather=preprocess.gather,
+        prepare=functools.partial(
+          preprocess.prepare_eval, data=data, size=size
+        ),
+        batch_sharding=self.batch_sharding,
+      ),
+      out_shardings=self.whole_sharding,
+    )
+    source = self.replicate(self.data.eval.source)
+    # A split smaller than a batch is not padded to a whole one.
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    most = -(-self.data.eval.size // parts) * parts
+    batch = min(self.config.eval.batch_size, most)
+    rows = sharding.local_rows(self.mesh, batch)
+
+    def evaluate(variables, poll=lambda: None):
+      hosts = self.data.eval.eval_batches(batch=batch, rows=rows)
+      placed = (
+        sharding.place_batch(host, self.mesh, batch, rows) for host in hosts
+      )
+      sums = EvalSums.zeros(self.config.model.num_classes)
+      return evaluate_lib.evaluate(
+        step, variables, source, placed, self.replicate(sums), poll=poll
+      )
+
+    return evaluate
+
+  def replicate(self, host: Any) -> Any:
+    """Returns host arrays as one copy on every device."""
+    return sharding.replicate(jax.device_get(host), self.mesh)

@@ -1,0 +1,269 @@
+"""The vision transformer, top to bottom. Row 4: knows nothing of quantization.
+
+Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words",
+arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
+arXiv:2103.17239. Query/key norm: Dehghani et al. 2023, arXiv:2302.05442.
+Stochastic depth: Huang et al. 2016, arXiv:1603.09382.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qvit_jax.errors import ConfigError
+from qvit_jax.ops import Ops, SiteDense, SiteProduct
+
+# name: (width, depth, heads, mlp_dim)
+SIZES = {
+  'Ti': (192, 12, 3, 768),
+  'S': (384, 12, 6, 1536),
+  'B': (768, 12, 12, 3072),
+  'L': (1024, 24, 16, 4096),
+}
+
+# Which axis of a parameter `mesh.tensor` splits: heads, or hidden channels.
+TENSOR_RULES = (
+  (r'attn/(query|key|value)/kernel$', 1),
+  (r'attn/(query|key|value)/bias$', 0),
+  (r'attn/out/kernel$', 0),
+  (r'mlp/fc1/kernel$', 1),
+  (r'mlp/fc1/bias$', 0),
+  (r'mlp/fc2/kernel$', 0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a ViT looks like; `configs/common.py` explains each field."""
+
+  patch: int
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  num_classes: int
+  pool: str = 'token'
+  layer_scale: float = 0.0
+  qk_norm: bool = False
+  norm_eps: float = 1e-6
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  embedding_dropout: float = 0.0
+  head_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  dtype: Any = jnp.float32
+  remat: bool = False
+
+
+def _norm(o: Options, name: str) -> nn.LayerNorm:
+  # Statistics in float32, by the two-pass formula, whatever the compute dtype.
+  return nn.LayerNorm(
+    epsilon=o.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
+  )
+
+
+class PatchEmbed(nn.Module):
+  """Cuts the image into patches and embeds each with one convolution kernel."""
+
+  o: Options
+  ops: Ops
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b n d']:
+    """Returns one token a patch, row by row."""
+    b, h, w, c = x.shape
+    p = self.o.patch
+    # A convolution whose stride is its window is a product over patches; the
+    # kernel keeps the convolution's axes, [p, p, c, d].
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, (h // p) * (w // p), p, p, c)  # [b, n, p, p, c]
+    dense = SiteDense(
+      (self.o.width,), self.ops, in_dims=3, kind='conv', dtype=self.o.dtype
+    )
+    nn.share_scope(self, dense)  # 'patch_embed/kernel', not one level deeper
+    return dense(x)  # [b, n, d]
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention; softmax and its input are float32."""
+
+  o: Options
+  ops: Ops
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n d'], train: bool
+  ) -> Float[Array, 'b n d']:
+    """Returns the mixed tokens."""
+    o, dtype = self.o, self.o.dtype
+    dim = o.width // o.heads
+    q, k, v = (
+      SiteDense((o.heads, dim), self.ops, dtype=dtype, name=name)(x)
+      for name in ('query', 'key', 'value')
+    )  # each [b, n, k, dim]
+    if o.qk_norm:
+      q = _norm(o, 'query_norm')(q).astype(dtype)
+      k = _norm(o, 'key_norm')(k).astype(dtype)
+    if self.ops.rectify is not None:
+      q = self.ops.rectify(self, 'query', q)
+      k = self.ops.rectify(self, 'key', k)
+    qk = SiteProduct(
+      'qk', (((3,), (3,)), ((0, 2), (0, 2))), self.ops, name='qk'
+    )
+    p = nn.softmax(qk(q * jnp.asarray(dim**-0.5, dtype), k))  # [b, k, n, n]
+    p = nn.Dropout(o.attention_dropout, deterministic=not train)(p)
+    av = SiteProduct(
+      'av', (((3,), (1,)), ((0, 1), (0, 2))), self.ops, name='av'
+    )
+    x = av(p.astype(dtype), v).astype(dtype)  # [b, k, n, dim]
+    out = SiteDense((o.width,), self.ops, in_dims=2, dtype=dtype, name='out')
+    return out(x.transpose(0, 2, 1, 3))  # [b, n, d]
+
+
+class Mlp(nn.Module):
+  """Two layers with the exact (erf) GELU between them."""
+
+  o: Options
+  ops: Ops
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n d'], train: bool
+  ) -> Float[Array, 'b n d']:
+    """Returns tokens of the input's width."""
+    o = self.o
+    x = SiteDense((o.mlp_dim,), self.ops, dtype=o.dtype, name='fc1')(x)
+    x = nn.gelu(x, approximate=False)  # [b, n, f]
+    x = nn.Dropout(o.dropout, deterministic=not train)(x)
+    return SiteDense((o.width,), self.ops, dtype=o.dtype, name='fc2')(x)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+  o: Options
+  ops: Ops
+  drop_path: float  # chance that an image skips a branch
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n d'], train: bool
+  ) -> Float[Array, 'b n d']:
+    """Returns the tokens after both branches."""
+    attention = Attention(self.o, self.ops, name='attn')
+    mlp = Mlp(self.o, self.ops, name='mlp')
+    y = attention(_norm(self.o, 'norm1')(x), train)
+    x = x + self._branch(y, 'scale1', train)
+    y = mlp(_norm(self.o, 'norm2')(x), train)
+    return x + self._branch(y, 'scale2', train)
+
+  def _branch(self, y, name, train):
+    y = nn.Dropout(self.o.dropout, deterministic=not train)(y)
+    if self.o.layer_scale:
+      init = nn.initializers.constant(self.o.layer_scale)
+      y = y * self.param(name, init, (y.shape[-1],), jnp.float32).astype(
+        y.dtype
+      )
+    # One draw an image: the whole branch is kept or skipped.
+    return nn.Dropout(
+      self.drop_path, broadcast_dims=(1, 2), deterministic=not train
+    )(y)
+
+
+class Encoder(nn.Module):
+  """The stack of blocks and the last norm."""
+
+  o: Options
+  ops: Ops
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n d'], train: bool
+  ) -> Float[Array, 'b n d']:
+    """Returns normalised tokens in float32."""
+    o = self.o
+    block = nn.remat(Block, static_argnums=(2,)) if o.remat else Block
+    for i in range(o.depth):
+      drop_path = o.stochastic_depth * i / max(o.depth - 1, 1)
+      x = block(o, self.ops, drop_path, name=f'block_{i:02d}')(x, train)
+    return _norm(o, 'norm')(x)
+
+
+class ViT(nn.Module):
+  """Patches, class token and positions, encoder, head."""
+
+  o: Options
+  ops: Ops = Ops()
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, 'b h w c'], train: bool = False
+  ) -> Float[Array, 'b classes']:
+    """Returns float32 logits of normalised images."""
+    o = self.o
+    x = PatchEmbed(o, self.ops, name='patch_embed')(images)  # [b, n, d]
+    init = nn.initializers.truncated_normal(0.02)
+    if o.pool == 'token':
+      cls = self.param('cls', init, (1, 1, o.width), jnp.float32)
+      cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, o.width))
+      x = jnp.concatenate([cls, x], axis=1)  # [b, 1 + n, d]
+    pos = self.param('pos_embed', init, (1, *x.shape[1:]), jnp.float32)
+    x = x + pos.astype(x.dtype)
+    x = nn.Dropout(o.embedding_dropout, deterministic=not train)(x)
+    x = Encoder(o, self.ops, name='encoder')(x, train)
+    x = x[:, 0] if o.pool == 'token' else x.mean(axis=1)  # [b, d]
+    x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
+    head = SiteDense((o.num_classes,), self.ops, dtype=o.dtype, name='head')
+    return head(x).astype(jnp.float32)
+
+
+def resolve_shape(model) -> dict[str, int]:
+  """Returns patch, width, depth, heads and mlp_dim of `config.model`.
+
+  Raises:
+    ConfigError: An unknown size, a patch that does not divide the image, or
+      heads that do not divide the width.
+  """
+  shape = dict(
+      patch=model.patch, width=model.width, depth=model.depth,
+      heads=model.heads, mlp_dim=model.mlp_dim,
+  )  # fmt: skip
+  if model.size:
+    name, _, patch = model.size.partition('/')
+    if name not in SIZES or not patch.isdigit() or int(patch) < 1:
+      raise ConfigError(
+        f'model.size={model.size!r} is unknown; allowed: '
+        f'{", ".join(SIZES)} with a patch, such as L/16, or an empty size '
+        'with width, depth, heads, mlp_dim and patch set one by one'
+      )
+    shape = dict(
+      zip(('width', 'depth', 'heads', 'mlp_dim'), SIZES[name], strict=True),
+      patch=int(patch),
+    )
+  if model.image_size % shape['patch']:
+    raise ConfigError(
+      f'model.image_size={model.image_size} is not a multiple of the patch '
+      f'{shape["patch"]}; choose a size such as '
+      f'{max(1, model.image_size // shape["patch"]) * shape["patch"]} or '
+      'another patch'
+    )
+  if shape['width'] % shape['heads']:
+    raise ConfigError(
+      f'model.heads={shape["heads"]} does not divide '
+      f'model.width={shape["width"]}; choose heads that divide the width'
+    )
+  return shape
+
+
+def from_config(model, ops: Ops) -> ViT:
+  """Returns the ViT that `config.model` describes, computing through `ops`."""
+  shape = resolve_shape(model)
+  same = {
+    field.name: model[field.name]
+    for field in dataclasses.fields(Options)
+    if field.name not in (*shape, 'dtype')
+  }
+  return ViT(Options(**shape, **same, dtype=jnp.dtype(model.dtype)), ops)

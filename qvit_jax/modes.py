@@ -1,0 +1,273 @@
+"""What `--mode` may be: one function each. Row 9; knows nothing of flags."""
+
+import copy
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from qvit_jax import benchmarks, files, restore, tree
+from qvit_jax import config as config_lib
+from qvit_jax.errors import DivergedError
+from qvit_jax.evaluation import report
+from qvit_jax.experiment import Experiment, Model
+from qvit_jax.training import loop
+from qvit_jax.training.checkpoint import Checkpoints
+from qvit_jax.training.console import Console
+from qvit_jax.training.writers import Writers, open_writers
+
+# Rounds of a benchmark: enough for percentiles, a minute or two for small
+# models on a CPU.
+_ROUNDS = 15
+
+
+def run(
+  mode: str, config: Any, workdir: str, *, overrides: Iterable[str] = ()
+) -> None:
+  """Validates the config and does what the mode says.
+
+  Args:
+    mode: A key of MODES.
+    config: A ConfigDict built on configs/common.py.
+    workdir: Where to write; may be '' for `sites`.
+    overrides: Fields that the command line sets.
+
+  Raises:
+    QvitError: The user's input is wrong.
+    Preempted: A signal stopped the run after saving.
+  """
+  notes = config_lib.validate(config, mode=mode, overrides=overrides)
+  for note in notes:
+    say(f'note: {note}')
+  MODES[mode](config, workdir)
+
+
+def say(text: str) -> None:
+  """Prints a line on the first process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def _join_processes() -> None:
+  """Joins the other processes of a run that was started as several.
+
+  SLURM, Open MPI and cloud TPUs are recognised by JAX itself; elsewhere
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+  """
+  several = any(
+    int(os.environ.get(name, 1)) > 1
+    for name in ('JAX_NUM_PROCESSES', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+  )
+  if not several or jax.distributed.is_initialized():
+    return
+  own = {}
+  if 'JAX_NUM_PROCESSES' in os.environ:
+    own = {
+      'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
+      'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
+      'process_id': int(os.environ['JAX_PROCESS_ID']),
+    }
+  jax.distributed.initialize(**own)
+
+
+def _open(workdir: str) -> tuple[pathlib.Path, files.Lock | None]:
+  """Opens the workdir; the first process alone holds the lock."""
+  place = files.open_workdir(workdir)
+  return place, files.Lock(place) if jax.process_index() == 0 else None
+
+
+def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
+  devices = jax.devices()
+  mesh = ' x '.join(f'{k}={v}' for k, v in experiment.mesh.shape.items())
+  say(f'mode      {mode}')
+  say(f'model     {experiment.model.title}')
+  say(f'bits      {experiment.model.bits}')
+  say(f'data      {experiment.data.description}')
+  say(
+    f'devices   {len(devices)} x {devices[0].device_kind} ({mesh}), '
+    f'{jax.process_count()} process(es)'
+  )
+  say(f'workdir   {workdir}')
+
+
+def train(config: Any, workdir: str) -> None:
+  """Trains, evaluates and saves; goes on where the workdir stopped."""
+  _join_processes()
+  place, lock = _open(workdir)
+  experiment = Experiment(config, training=True)
+  _header('train', experiment, place)
+  say(f'schedule  {experiment.schedule_line()}')
+  for line in experiment.whole:
+    say(f'sharding  {line}')
+  checkpoints = Checkpoints(place / 'checkpoints', writer=True)
+  if jax.process_count() > 1:  # nobody reads before the first has tidied up
+    multihost_utils.sync_global_devices('checkpoints')
+  state, progress, origin = restore.initial_state(experiment, checkpoints)
+  for line in origin:
+    say(f'start     {line}')
+  if jax.process_index() == 0:
+    files.write_json(place / 'config.json', config_lib.to_json(config))
+  progress = _train(experiment, place, checkpoints, state, progress)
+  _write_results(experiment, place, progress.best, f'step {progress.best_step}')
+  say(
+    f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
+    f'results in {place / "results.json"}'
+  )
+  del lock
+
+
+def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
+  """Runs the loop; returns its progress."""
+  config, total = experiment.config, experiment.total_steps
+  done = int(state.step)
+  if jax.process_index() == 0:
+    writers, where = open_writers(
+      place, tensorboard=config.log.tensorboard, resume_step=done
+    )
+    say(f'metrics   {where}')
+    writers.write_texts(
+      done, {'config': json.dumps(config_lib.to_json(config))}
+    )
+  else:
+    writers = Writers([])
+  source = experiment.replicate(experiment.data.train.source)
+  step: Callable | None = None
+
+  def update(state, batch):
+    nonlocal step
+    if step is None:
+      say('compiling the train step ...')
+      step, seconds = experiment.compile_train_step(state, source, batch)
+      say(f'compiled in {seconds:.1f} s')
+    return step(state, source, batch)
+
+  parts = loop.Parts(
+    config=config,
+    total_steps=total,
+    steps_per_epoch=experiment.steps_per_epoch,
+    step=update,
+    train_batches=experiment.train_batches,
+    evaluate=experiment.make_evaluator(),
+    schedule=experiment.schedule,
+    metadata=experiment.metadata(),
+  )
+  trainer = loop.Trainer(
+      parts, state, progress, checkpoints=checkpoints, writers=writers,
+      console=Console(total, done, config.train.batch_size),
+  )  # fmt: skip
+  try:
+    return trainer.run()
+  finally:
+    writers.close()
+
+
+def evaluate(config: Any, workdir: str) -> None:
+  """Evaluates a checkpoint once over the whole split."""
+  _join_processes()
+  place, lock = _open(workdir)
+  experiment = Experiment(config, training=False)
+  _header('eval', experiment, place)
+  variables, origin = restore.restore_variables(
+    experiment, config.checkpoint.path or str(place), same_plan=True
+  )
+  say(f'start     {origin}, digests verified')
+  started = time.monotonic()
+  metrics = experiment.make_evaluator()(variables)
+  seconds = time.monotonic() - started
+  if not math.isfinite(metrics['loss']):
+    raise DivergedError(
+      f'the evaluation loss of {origin} is {metrics["loss"]}; evaluate another '
+      'checkpoint or train with a lower optim.lr'
+    )
+  _write_results(experiment, place, metrics, origin.partition(' of ')[0])
+  say(
+    '  '.join(
+      f'{name} {metrics[name]:.6f}'
+      for name in ('loss', 'top1', 'top5', 'f1_macro')
+    )
+    + f'  ({metrics["num_examples"]} images in {seconds:.1f} s, compiling '
+    f'included); results in {place / "results.json"}'
+  )
+  del lock
+
+
+def _write_results(
+  experiment: Experiment,
+  place: pathlib.Path,
+  metrics: dict[str, Any],
+  name: str,
+) -> None:
+  if jax.process_index() != 0:
+    return
+  model, quant = experiment.model, experiment.config.quant
+  plan = model.plan
+  quantized = quant.recipe != 'none'
+  size = model.size_bytes()
+  full = tree.num_bytes(model.shapes['params'])
+  row = report.make_row(
+    name=name,
+    method=quant.recipe,
+    weight_bits=plan.bits('weights'),
+    act_bits=plan.bits('acts'),
+    size_bytes=size,
+    compression=full / size,
+    bops=plan.bops(),
+    macs=plan.macs(),
+    # Training and evaluation round to the grid but keep float arrays.
+    execution='simulated' if quantized else 'float',
+    **metrics,
+  )
+  resolved = config_lib.to_json(experiment.config)
+  files.write_json(place / 'results.json', report.results(resolved, row, []))
+
+
+def sites(config: Any, workdir: str) -> None:
+  """Prints every quantizable product with its spec."""
+  del workdir  # nothing is written
+  model = Model(config)
+  say(f'model  {model.title}')
+  say(f'bits   {model.bits}')
+  say(model.plan.table())
+
+
+def benchmark(config: Any, workdir: str) -> None:
+  """Times training and inference beside the float twin, and the data path."""
+  _join_processes()
+  place, lock = _open(workdir)
+  experiment = Experiment(config, training=True)
+  _header('benchmark', experiment, place)
+  twins = {'model': experiment}
+  if config.quant.recipe != 'none':
+    plain = copy.deepcopy(config)
+    plain.quant.recipe = 'none'
+    twins['float'] = Experiment(plain, training=True, data=experiment.data)
+  result = {
+    'environment': report.environment(),
+    'config_digest': report.config_digest(config_lib.to_json(config)),
+    'bits': experiment.model.bits,
+    'rounds': _ROUNDS,
+    'size_bytes': {
+      name: twin.model.size_bytes() for name, twin in twins.items()
+    },
+    'train': benchmarks.time_training(twins, rounds=_ROUNDS),
+    'inference': benchmarks.time_inference(twins, rounds=_ROUNDS),
+  }
+  if jax.process_index() == 0:
+    files.write_json(place / 'benchmark.json', result)
+  say(benchmarks.table(result))
+  say(f'results in {place / "benchmark.json"}')
+  del lock
+
+
+MODES: dict[str, Callable[[Any, str], None]] = {
+  'train': train,
+  'eval': evaluate,
+  'sites': sites,
+  'benchmark': benchmark,
+}

@@ -1,0 +1,204 @@
+"""The one seam between a model and its arithmetic. Row 3.
+
+A model never multiplies matrices itself: its layers are `SiteDense` and
+`SiteProduct`, and both hand their operands to the `Ops` they were given. `Ops`
+has four slots:
+
+  core     how a product is computed: float, AQT, later learned steps or ints
+  delta    a path added to a layer's output (LoRA)
+  rectify  a transform of queries and keys before their product (Q-ViT's IRM)
+  tap      an observer of operands (site listing, calibration)
+
+A slot that needs variables declares them on the module it is handed, so they
+live in their own collection under the layer's own path and `params` stays the
+same, name for name, under every recipe.
+
+Letters of the axes, here and everywhere: b batch, h w c image, n tokens,
+d width, k heads, f hidden, i o weight in and out.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LAYER_KINDS = ('dense', 'conv')
+PRODUCT_KINDS = ('qk', 'av')
+DotDims = tuple[tuple[Any, Any], tuple[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """The address, kind and shape of one product of the model.
+
+  Attributes:
+    path: Where it is, such as 'encoder/block_03/attn/query'.
+    kind: 'dense', 'conv' (non-overlapping patches), 'qk' or 'av'.
+    lhs_shape: Left operand for one image, without the batch axis.
+    rhs_shape: Kernel [i, o] of a layer; right operand for one image otherwise.
+    macs: Multiply-accumulates for one image.
+  """
+
+  path: str
+  kind: str
+  lhs_shape: tuple[int, ...]
+  rhs_shape: tuple[int, ...]
+  macs: int
+
+  @property
+  def is_layer(self) -> bool:
+    """True for a product with weights, False for an attention product."""
+    return self.kind in LAYER_KINDS
+
+
+@runtime_checkable
+class Core(Protocol):
+  """How one product is computed. Implementations are frozen and hashable."""
+
+  def __call__(
+    self, module: nn.Module, site: Site, lhs: Array, rhs: Array, dims: DotDims
+  ) -> Array:
+    """Returns lhs . rhs by `dims` (lax.dot_general's), in float32.
+
+    Args:
+      module: The calling layer; variables of the core are declared on it.
+      site: What is computed.
+      lhs: Activations, in the compute dtype.
+      rhs: Float32 kernel [i, o] of a layer, or activations of a product.
+      dims: Dimension numbers of `lax.dot_general`.
+    """
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot_general(lhs: Array, rhs: Array, dims: DotDims) -> Array:
+  """Returns the product accumulated in float32, for operands of one dtype.
+
+  Left to itself, autodiff of a bf16 product with a float32 result multiplies
+  float32 cotangents by bf16 operands, off the fast path of the hardware. Here
+  the cotangent is cast to the operands' dtype first; in float32 nothing
+  changes.
+  """
+  return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+
+def _dot_forward(lhs, rhs, dims):
+  return dot_general(lhs, rhs, dims), (lhs, rhs)
+
+
+def _dot_backward(dims, operands, cotangent):
+  _, pullback = jax.vjp(
+    lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dims), *operands
+  )
+  return pullback(cotangent.astype(operands[0].dtype))
+
+
+dot_general.defvjp(_dot_forward, _dot_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatCore:
+  """Plain products in the compute dtype of the activations."""
+
+  def __call__(self, module, site, lhs, rhs, dims):
+    """See `Core`."""
+    del module, site
+    return dot_general(lhs, rhs.astype(lhs.dtype), dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+  """The slots through which a model does its arithmetic; see the module."""
+
+  core: Core = FloatCore()
+  delta: Callable[[nn.Module, Site, Array], Array] | None = None
+  rectify: Callable[[nn.Module, str, Array], Array] | None = None
+  tap: Callable[[nn.Module, Site, Array, Array], None] | None = None
+
+
+class SiteDense(nn.Module):
+  """A linear layer over the last `in_dims` axes whose product is a site.
+
+  Attributes:
+    features: Output axes, e.g. (k, d // k) for a query projection.
+    ops: The arithmetic.
+    in_dims: How many trailing axes of the input are contracted.
+    kind: 'dense', or 'conv' when the input axes are those of a patch.
+    dtype: Compute dtype; parameters are float32.
+  """
+
+  features: tuple[int, ...]
+  ops: Ops
+  in_dims: int = 1
+  kind: str = 'dense'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b ...']) -> Float[Array, 'b ...']:
+    """Returns [b, ..., *features] in the compute dtype."""
+    lead, inside = x.shape[: -self.in_dims], x.shape[-self.in_dims :]
+    kernel = self.param(
+      'kernel',
+      nn.initializers.truncated_normal(0.02),
+      inside + self.features,
+      jnp.float32,
+    )
+    bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
+    # One canonical product, x [..., i] by w [i, o], whatever the axes: every
+    # core, solver and packer sees the same two-dimensional kernel.
+    x = x.astype(self.dtype).reshape(*lead, math.prod(inside))
+    w = kernel.reshape(math.prod(inside), math.prod(self.features))
+    site = Site(
+      '/'.join(self.path),
+      self.kind,
+      x.shape[1:],
+      w.shape,
+      math.prod(x.shape[1:]) * w.shape[1],
+    )
+    if self.ops.tap is not None:
+      self.ops.tap(self, site, x, w)
+    y = self.ops.core(self, site, x, w, (((x.ndim - 1,), (0,)), ((), ())))
+    if self.ops.delta is not None:
+      y = y + self.ops.delta(self, site, x)
+    y = y.reshape(*lead, *self.features) + bias
+    return y.astype(self.dtype)
+
+
+class SiteProduct(nn.Module):
+  """An attention product, itself a site.
+
+  Attributes:
+    kind: 'qk' or 'av'.
+    dims: Dimension numbers of `lax.dot_general`; axis 0 is the batch.
+    ops: The arithmetic.
+  """
+
+  kind: str
+  dims: DotDims
+  ops: Ops
+
+  @nn.compact
+  def __call__(
+    self, lhs: Float[Array, 'b ...'], rhs: Float[Array, 'b ...']
+  ) -> Float[Array, 'b ...']:
+    """Returns the product in float32."""
+    (lhs_contract, _), _ = self.dims
+    out = jax.eval_shape(
+      lambda a, b: jax.lax.dot_general(a, b, self.dims), lhs, rhs
+    )
+    inner = math.prod(lhs.shape[axis] for axis in lhs_contract)
+    site = Site(
+      '/'.join(self.path),
+      self.kind,
+      lhs.shape[1:],
+      rhs.shape[1:],
+      math.prod(out.shape[1:]) * inner,
+    )
+    if self.ops.tap is not None:
+      self.ops.tap(self, site, lhs, rhs)
+    return self.ops.core(self, site, lhs, rhs, self.dims)

@@ -1,0 +1,8 @@
+"""Quantization: what is quantized how, and the cores that do it. Row 4."""
+
+from qvit_jax.quantization.recipes import RECIPES, build_ops, build_plan
+from qvit_jax.quantization.spec import QuantPlan, QuantSpec, parse_spec
+
+__all__ = [
+    'RECIPES', 'QuantPlan', 'QuantSpec', 'build_ops', 'build_plan', 'parse_spec'
+]  # fmt: skip

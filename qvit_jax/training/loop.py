@@ -1,0 +1,289 @@
+"""The training loop: update, log, evaluate, save, stop. Row 6.
+
+It is handed compiled functions and batches and knows neither model nor recipe
+nor data source.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qvit_jax import tree
+from qvit_jax.errors import DivergedError, Preempted
+from qvit_jax.training.checkpoint import Checkpoints
+from qvit_jax.training.console import Console
+from qvit_jax.training.signals import StopFlag
+from qvit_jax.training.state import TrainState
+from qvit_jax.training.step import TICK
+from qvit_jax.training.writers import Writers, confusion_image
+
+# Updates in flight: enough to hide the host's work, few enough that a signal
+# is answered within a step or two.
+_AHEAD = 2
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run remembers besides its arrays; saved as JSON.
+
+  Attributes:
+    window: Sums of the ticks since the last log line, so that a resumed run
+      writes the same line.
+    window_size: How many ticks they hold.
+    best_step: Step of the best evaluation so far.
+    best: All metrics of that evaluation.
+    stale: Evaluations since then.
+    evaluated_step: Step of the last evaluation.
+  """
+
+  window: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)
+  window_size: int = 0
+  best_step: int | None = None
+  best: dict[str, Any] | None = None
+  stale: int = 0
+  evaluated_step: int = 0
+
+
+@dataclasses.dataclass
+class Parts:
+  """What the loop works with.
+
+  Attributes:
+    config: The whole config; `train`, `eval`, `log`, `checkpoint` are read.
+    total_steps: Updates of the whole run.
+    steps_per_epoch: Updates of one pass over the training split.
+    step: Compiled update: (state, batch) -> (state, tick).
+    train_batches: (first, last) -> placed batches of these updates.
+    evaluate: (variables, poll) -> metrics.
+    schedule: Learning rate by updates done before.
+    metadata: What is saved with every checkpoint.
+  """
+
+  config: Any
+  total_steps: int
+  steps_per_epoch: int
+  step: Callable[[TrainState, Any], tuple[TrainState, jax.Array]]
+  train_batches: Callable[[int, int], Iterator[Any]]
+  evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
+  schedule: Callable[[int], Any]
+  metadata: dict[str, Any]
+
+
+class _Interrupted(Exception):  # noqa: N818 - control flow, never leaves here
+  """A signal came during an evaluation."""
+
+
+class Trainer:
+  """One run from its first or restored state to its end."""
+
+  def __init__(
+    self,
+    parts: Parts,
+    state: TrainState,
+    progress: Progress,
+    *,
+    checkpoints: Checkpoints,
+    writers: Writers,
+    console: Console,
+  ):
+    """Takes over `state`, whose arrays the updates donate."""
+    self.parts, self.state, self.progress = parts, state, progress
+    self._checkpoints, self._writers = checkpoints, writers
+    self._console, self._flag = console, StopFlag()
+    self._done = int(state.step)
+    self._saved = self._done
+    self._pending: collections.deque = collections.deque()
+    self._clock = time.monotonic()
+    self._clocked = self._done  # updates done when the clock was started
+    config = parts.config
+    self._eval_every = config.eval.every or parts.steps_per_epoch
+
+  def run(self) -> Progress:
+    """Trains to the end and returns the progress.
+
+    Raises:
+      DivergedError: Loss or gradient is not finite.
+      Preempted: A signal came; the state is saved.
+      CheckpointError: The disk took no checkpoint.
+    """
+    with self._flag, self._console:
+      try:
+        self._run()
+      except _Interrupted:
+        self._stop()
+      finally:
+        self._writers.flush()
+      self._checkpoints.close()
+    return self.progress
+
+  def _run(self) -> None:
+    total = self.parts.total_steps
+    self._maintain()  # an evaluation that a signal cut short is made up for
+    if self._done >= total or self._is_stale():
+      return
+    self._restart_clock()
+    for batch in self.parts.train_batches(self._done + 1, total):
+      self.state, tick = self.parts.step(self.state, batch)
+      self._done += 1
+      self._pending.append((self._done, tick))
+      while len(self._pending) > _AHEAD:
+        self._read_tick()
+      stop = self._flag.agreed()
+      self._maintain()
+      if stop:
+        self._stop()
+      if self._is_stale():
+        self._console.line(
+          f'stopped early at step {self._done}: no better top1 in '
+          f'{self.progress.stale} evaluations (train.patience)'
+        )
+        return
+
+  def _maintain(self) -> None:
+    """Evaluates and saves if this step is one for it."""
+    every = self.parts.config.checkpoint.every
+    last = self._done == self.parts.total_steps
+    evaluate = self._done and (last or self._done % self._eval_every == 0)
+    evaluate = evaluate and self.progress.evaluated_step != self._done
+    is_new_best = evaluate and self._evaluate()
+    save = bool(every) and self._done % every == 0 and self._saved != self._done
+    if save or is_new_best or (evaluate and (last or not every)):
+      self._save()
+
+  def _read_tick(self) -> None:
+    """Waits for the oldest update in flight and books its numbers."""
+    step, tick = self._pending.popleft()
+    values = np.asarray(tick).tolist()
+    for name, value in zip(TICK, values, strict=True):
+      if not np.isfinite(value):
+        raise self._diverged(f'{name} is {value}', step)
+    window = self.progress.window
+    self.progress.window = [a + b for a, b in zip(window, values, strict=True)]
+    self.progress.window_size += 1
+    self._console.step(step, values[0], values[1])
+    every, last = self.parts.config.log.every, self.parts.total_steps
+    if step % every == 0 or step == last:
+      self._log(step)
+
+  def _diverged(self, what: str, step: int) -> DivergedError:
+    latest = self._checkpoints.latest()
+    kept = 'no checkpoint was written yet'
+    if latest is not None:
+      kept = f'the checkpoint of step {latest} is kept'
+    return DivergedError(
+      f'{what} at step {step}; {kept}. Lower optim.lr, lengthen the warm-up '
+      'or set optim.clip_norm'
+    )
+
+  def _log(self, step: int) -> None:
+    progress = self.progress
+    means = [total / progress.window_size for total in progress.window]
+    images = (step - self._clocked) * self.parts.config.train.batch_size
+    seconds = time.monotonic() - self._clock
+    scalars = dict(zip(TICK, means, strict=True)) | {
+      'lr': float(self.parts.schedule(step - 1)),
+      'images_per_second': images / seconds,
+    }
+    self._writers.write_scalars(
+      step, {f'train/{name}': value for name, value in scalars.items()}
+    )
+    self._console.log(scalars)
+    progress.window, progress.window_size = [0.0] * len(TICK), 0
+    self._restart_clock(step)
+
+  def _restart_clock(self, step: int | None = None) -> None:
+    self._clock = time.monotonic()
+    self._clocked = self._done if step is None else step
+
+  def _drain(self) -> None:
+    while self._pending:
+      self._read_tick()
+
+  def _evaluate(self) -> bool:
+    """Evaluates; returns whether it is the best so far."""
+    self._drain()
+    started = time.monotonic()
+    metrics = self.parts.evaluate(self.state.evaluated, self._poll)
+    if not np.isfinite(metrics['loss']):
+      what = f'the evaluation loss is {metrics["loss"]}'
+      raise self._diverged(what, self._done)
+    seconds = time.monotonic() - started
+    progress = self.progress
+    best = progress.best['top1'] if progress.best else -1.0
+    is_best = metrics['top1'] >= best
+    progress.stale = 0 if metrics['top1'] > best else progress.stale + 1
+    if is_best:
+      progress.best, progress.best_step = metrics, self._done
+    progress.evaluated_step = self._done
+    self._write_evaluation(metrics, seconds)
+    self._clock += time.monotonic() - started  # evaluation is not training
+    return is_best
+
+  def _write_evaluation(self, metrics: dict[str, Any], seconds: float) -> None:
+    names = ('loss', 'top1', 'top5', 'f1_macro')
+    scalars = {f'eval/{name}': metrics[name] for name in names}
+    rate = metrics['num_examples'] / seconds
+    self._writers.write_scalars(
+      self._done, scalars | {'eval/images_per_second': rate}
+    )
+    self._writers.write_images(
+      self._done, {'eval/confusion': confusion_image(metrics['confusion'])}
+    )
+    if self.parts.config.log.histograms:
+      self._writers.write_histograms(self._done, self._kernels())
+    self._console.line(
+      f'evaluation at step {self._done}: '
+      + '  '.join(f'{name} {metrics[name]:.4f}' for name in names)
+      + f'  ({metrics["num_examples"]} images, {rate:.0f} images/s)'
+    )
+
+  def _kernels(self) -> dict[str, np.ndarray]:
+    return {
+      path: np.asarray(leaf)
+      for path, leaf in tree.flatten(self.state.variables).items()
+      if path.endswith('kernel') and leaf.is_fully_addressable
+    }
+
+  def _poll(self) -> None:
+    # With several processes all would have to leave the evaluation together.
+    if self._flag.received and jax.process_count() == 1:
+      raise _Interrupted
+
+  def _save(self) -> None:
+    self._drain()
+    started = time.monotonic()
+    state = self.state
+    # The last update may have overflowed although its gradient was finite.
+    if not tree.all_finite(state.variables):
+      raise self._diverged('a variable is not finite', self._done)
+    self._checkpoints.save(
+      self._done,
+      {
+        'variables': state.variables,
+        'ema': state.ema,
+        'training': {'step': state.step, 'opt_state': state.opt_state},
+      },
+      self.parts.metadata
+      | {'step': self._done, 'progress': dataclasses.asdict(self.progress)},
+      best_step=self.progress.best_step,
+    )
+    self._saved = self._done
+    self._clock += time.monotonic() - started
+
+  def _stop(self) -> None:
+    if self._saved != self._done:
+      self._save()
+    self._checkpoints.close()
+    raise Preempted(
+      f'stopped by {self._flag.received or "another process"} after step '
+      f'{self._done}; everything is saved'
+    )
+
+  def _is_stale(self) -> bool:
+    patience = self.parts.config.train.patience
+    return bool(patience) and self.progress.stale >= patience

@@ -1,0 +1,93 @@
+"""One update as one jitted function. Row 6."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qvit_jax.training import losses
+from qvit_jax.training.state import TrainState, split_collections
+
+# Order of the numbers that a step reports.
+TICK = ('loss', 'top1', 'grad_norm')
+
+
+def make_train_step(
+  *,
+  apply: Callable[..., jax.Array],
+  tx: optax.GradientTransformation,
+  gather: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
+  prepare: Callable[[jax.Array, jax.Array, jax.Array], tuple],
+  batch_sharding: Any,
+  train: Any,
+  seed: int,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, jax.Array]]:
+  """Returns step(state, source, batch) -> (next state, tick).
+
+  Args:
+    apply: `model.apply`.
+    tx: The optimizer of the trainable collections.
+    gather: Makes uint8 images and labels of (source, batch).
+    prepare: Makes augmented images and targets of (key, images, labels).
+    batch_sharding: Where the images of a batch lie.
+    train: `config.train`.
+    seed: Of augmentation and dropout, together with the step.
+
+  Returns:
+    The function; its tick is float32 [3], the mean loss and top-1 of the batch
+    and the norm of the gradient before clipping.
+  """
+
+  def loss_of(trained, frozen, images, labels, key):
+    augment_key, dropout_key = jax.random.split(key)
+    x, targets = prepare(augment_key, images, labels)
+    logits = apply(
+      {**frozen, **trained}, x, train=True, rngs={'dropout': dropout_key}
+    )
+    loss = losses.cross_entropy(logits, targets, train.label_smoothing)
+    return loss, losses.top1(logits, targets)
+
+  gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+  def accumulated(trained, frozen, images, labels, key):
+    """The gradient of the mean loss, `train.accumulate` slices at a time."""
+    parts = train.accumulate
+    if parts == 1:
+      return gradient(trained, frozen, images, labels, key)
+
+    def slices(x):
+      # Every slice takes each parts-th image, so that it stays spread over
+      # all devices.
+      return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(total, part):
+      one = gradient(trained, frozen, part[0], part[1], part[2])
+      return jax.tree.map(lambda a, b: a + b / parts, total, one), None
+
+    inputs = (slices(images), slices(labels), jax.random.split(key, parts))
+    shapes = jax.eval_shape(gradient, trained, frozen, *(x[0] for x in inputs))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zero, inputs)[0]
+
+  def step(state: TrainState, source: Any, batch: Any):
+    number = state.step + 1
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    images, labels = jax.lax.with_sharding_constraint(
+      gather(source, batch), batch_sharding
+    )
+    trained, frozen = split_collections(state.variables, train.trainable)
+    (loss, top1), grads = accumulated(trained, frozen, images, labels, key)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    ema = state.ema
+    if train.ema_decay:
+      # Young averages follow faster, or the random init would linger.
+      decay = jnp.minimum(train.ema_decay, number / (number + 9))
+      ema = jax.tree.map(lambda a, b: a + (b - a) * (1 - decay), ema, trained)
+    tick = jnp.stack([loss, top1, optax.global_norm(grads)])
+    state = TrainState(number, {**frozen, **trained}, opt_state, ema)
+    return state, tick.astype(jnp.float32)
+
+  return step

@@ -1,0 +1,120 @@
+"""Where metrics go: metrics.jsonl, and TensorBoard through CLU. Row 6.
+
+Both have the interface of CLU's MetricWriter. CLU imports TensorFlow, which
+takes seconds and would take the GPU; that happens here alone and only when
+TensorBoard files are asked for.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class JsonlWriter:
+  """Appends one JSON object a line: the source of truth of a run."""
+
+  def __init__(self, path: pathlib.Path, *, resume_step: int):
+    """Opens the file and drops what lies beyond the restored step.
+
+    Args:
+      path: metrics.jsonl.
+      resume_step: Updates done; a killed run may have logged later ones.
+    """
+    kept = []
+    if path.exists():
+      for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+          if json.loads(line)['step'] <= resume_step:
+            kept.append(line + '\n')
+        except (ValueError, KeyError):
+          continue  # the line that was being written when the run was killed
+    temporary = path.with_name(f'.{path.name}')
+    temporary.write_text(''.join(kept), encoding='utf-8')
+    temporary.replace(path)
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Appends {'step', 'split', name: value}; names are 'split/name'."""
+    splits: dict[str, dict[str, Any]] = {}
+    for name, value in scalars.items():
+      split, _, key = name.partition('/')
+      splits.setdefault(split, {'step': step, 'split': split})[key] = value
+    for row in splits.values():
+      self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    """Does nothing: images go to TensorBoard."""
+
+  def write_histograms(
+    self, step: int, arrays: Mapping[str, Any], num_buckets: Any = None
+  ) -> None:
+    """Does nothing: histograms go to TensorBoard."""
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Does nothing: the config is in config.json."""
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+class Writers:
+  """All writers of a run as one."""
+
+  def __init__(self, writers: list[Any]):
+    """Args: writers with the interface of CLU's MetricWriter."""
+    self._writers = writers
+
+  def __getattr__(self, name: str):
+    """Forwards a call to each writer."""
+
+    def forward(*args, **kwargs):
+      for writer in self._writers:
+        getattr(writer, name)(*args, **kwargs)
+
+    return forward
+
+
+def open_writers(
+  workdir: pathlib.Path, *, tensorboard: bool, resume_step: int
+) -> tuple[Writers, str]:
+  """Returns the writers of a run and one line that says where they write."""
+  writers: list[Any] = [
+    JsonlWriter(workdir / 'metrics.jsonl', resume_step=resume_step)
+  ]
+  if not tensorboard:
+    return Writers(writers), 'metrics.jsonl (log.tensorboard is off)'
+  try:
+    import tensorflow as tf
+    from clu.metric_writers import summary_writer
+  except ImportError as error:
+    return Writers(writers), (
+      f'metrics.jsonl; no TensorBoard events, {error.name} is not installed'
+    )
+  tf.config.set_visible_devices([], 'GPU')  # or TensorFlow takes its memory
+  writers.append(summary_writer.SummaryWriter(str(workdir / 'tensorboard')))
+  return Writers(writers), 'metrics.jsonl, tensorboard/'
+
+
+def confusion_image(confusion: list[list[int]]) -> np.ndarray:
+  """Returns a confusion matrix as a grey image for `write_images`.
+
+  Args:
+    confusion: [classes, classes] counts, true class by predicted class.
+
+  Returns:
+    uint8 [1, side, side, 1]: each row as shares of its class, white = all.
+  """
+  counts = np.asarray(confusion, np.float64)
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  zoom = max(1, 400 // len(counts))
+  grey = np.kron(np.round(255 * shares), np.ones((zoom, zoom)))
+  return grey.astype(np.uint8)[None, :, :, None]
