@@ -43,6 +43,8 @@ def run(
     Preempted: A signal stopped the run after saving.
   """
   notes = config_lib.validate(config, mode=mode, overrides=overrides)
+  if mode != 'sites':
+    _join_processes()  # before anything asks JAX for its devices
   for note in notes:
     say(f'note: {note}')
   MODES[mode](config, workdir)
@@ -98,7 +100,6 @@ def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def train(config: Any, workdir: str) -> None:
   """Trains, evaluates and saves; goes on where the workdir stopped."""
-  _join_processes()
   place, lock = _open(workdir)
   experiment = Experiment(config, training=True)
   _header('train', experiment, place)
@@ -137,21 +138,18 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
   else:
     writers = Writers([])
   source = experiment.replicate(experiment.data.train.source)
-  step: Callable | None = None
 
-  def update(state, batch):
-    nonlocal step
-    if step is None:
-      say('compiling the train step ...')
-      step, seconds = experiment.compile_train_step(state, source, batch)
-      say(f'compiled in {seconds:.1f} s')
-    return step(state, source, batch)
+  def make_step(state, batch):
+    say('compiling the train step ...')
+    step, seconds = experiment.compile_train_step(state, source, batch)
+    say(f'compiled in {seconds:.1f} s')
+    return lambda state, batch: step(state, source, batch)
 
   parts = loop.Parts(
     config=config,
     total_steps=total,
     steps_per_epoch=experiment.steps_per_epoch,
-    step=update,
+    make_step=make_step,
     train_batches=experiment.train_batches,
     evaluate=experiment.make_evaluator(),
     schedule=experiment.schedule,
@@ -169,7 +167,6 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
 
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
-  _join_processes()
   place, lock = _open(workdir)
   experiment = Experiment(config, training=False)
   _header('eval', experiment, place)
@@ -238,7 +235,6 @@ def sites(config: Any, workdir: str) -> None:
 
 def benchmark(config: Any, workdir: str) -> None:
   """Times training and inference beside the float twin, and the data path."""
-  _join_processes()
   place, lock = _open(workdir)
   experiment = Experiment(config, training=True)
   _header('benchmark', experiment, place)

@@ -1,10 +1,12 @@
 """Evaluation of every example of a split exactly once. Row 5."""
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
+from qvit_jax import devices
 from qvit_jax.evaluation.metrics import EvalSums, summarize
 
 
@@ -53,7 +55,11 @@ def evaluate(
     sums: `EvalSums.zeros` on the devices.
     poll: Called before each batch; may raise to stop.
   """
+  pending = collections.deque()
   for batch in batches:
     poll()
     sums = step(variables, source, batch, sums)
+    pending.append(sums.loss)
+    while len(pending) >= devices.max_in_flight():
+      jax.block_until_ready(pending.popleft())
   return summarize(jax.device_get(sums))

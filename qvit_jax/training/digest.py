@@ -45,8 +45,9 @@ def digests(values: Any) -> dict[str, str]:
 
   Depends on values and their places alone, not on how they lie on devices.
   """
-  hashes = {path: _digest_array(x) for path, x in tree.flatten(values).items()}
-  return {
-    path: f'{int(a):08x}{int(b):08x}'
-    for path, (a, b) in jax.device_get(hashes).items()
+  # One after the other: see `devices.max_in_flight`.
+  hashes = {
+    path: jax.device_get(_digest_array(x))
+    for path, x in tree.flatten(values).items()
   }
+  return {path: f'{int(a):08x}{int(b):08x}' for path, (a, b) in hashes.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qvit_jax import tree
+from qvit_jax import devices, tree
 from qvit_jax.errors import DivergedError, Preempted
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
@@ -21,10 +21,6 @@ from qvit_jax.training.signals import StopFlag
 from qvit_jax.training.state import TrainState
 from qvit_jax.training.step import TICK
 from qvit_jax.training.writers import Writers, confusion_image
-
-# Updates in flight: enough to hide the host's work, few enough that a signal
-# is answered within a step or two.
-_AHEAD = 2
 
 
 @dataclasses.dataclass
@@ -57,7 +53,8 @@ class Parts:
     config: The whole config; `train`, `eval`, `log`, `checkpoint` are read.
     total_steps: Updates of the whole run.
     steps_per_epoch: Updates of one pass over the training split.
-    step: Compiled update: (state, batch) -> (state, tick).
+    make_step: Compiles the update, (state, batch) -> (state, tick), for a
+      first state and batch.
     train_batches: (first, last) -> placed batches of these updates.
     evaluate: (variables, poll) -> metrics.
     schedule: Learning rate by updates done before.
@@ -67,7 +64,7 @@ class Parts:
   config: Any
   total_steps: int
   steps_per_epoch: int
-  step: Callable[[TrainState, Any], tuple[TrainState, jax.Array]]
+  make_step: Callable[[TrainState, Any], Callable]
   train_batches: Callable[[int, int], Iterator[Any]]
   evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
   schedule: Callable[[int], Any]
@@ -97,6 +94,7 @@ class Trainer:
     self._console, self._flag = console, StopFlag()
     self._done = int(state.step)
     self._saved = self._done
+    self._max_in_flight = devices.max_in_flight()
     self._pending: collections.deque = collections.deque()
     self._clock = time.monotonic()
     self._clocked = self._done  # updates done when the clock was started
@@ -126,13 +124,18 @@ class Trainer:
     self._maintain()  # an evaluation that a signal cut short is made up for
     if self._done >= total or self._is_stale():
       return
-    self._restart_clock()
+    step = None
     for batch in self.parts.train_batches(self._done + 1, total):
-      self.state, tick = self.parts.step(self.state, batch)
+      if step is None:
+        step = self.parts.make_step(self.state, batch)
+        self._restart_clock()  # compiling is not training
+      self.state, tick = step(self.state, batch)
       self._done += 1
       self._pending.append((self._done, tick))
-      while len(self._pending) > _AHEAD:
+      while len(self._pending) >= self._max_in_flight:
         self._read_tick()
+      if self._is_log_step(self._done):
+        self._drain()  # so that the line's rate is that of finished updates
       stop = self._flag.agreed()
       self._maintain()
       if stop:
@@ -166,9 +169,12 @@ class Trainer:
     self.progress.window = [a + b for a, b in zip(window, values, strict=True)]
     self.progress.window_size += 1
     self._console.step(step, values[0], values[1])
-    every, last = self.parts.config.log.every, self.parts.total_steps
-    if step % every == 0 or step == last:
+    if self._is_log_step(step):
       self._log(step)
+
+  def _is_log_step(self, step: int) -> bool:
+    every, last = self.parts.config.log.every, self.parts.total_steps
+    return step % every == 0 or step == last
 
   def _diverged(self, what: str, step: int) -> DivergedError:
     latest = self._checkpoints.latest()

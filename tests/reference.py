@@ -1,0 +1,183 @@
+"""The papers' formulas in slow, obvious NumPy; everything is float64."""
+
+import math
+
+import numpy as np
+from scipy import special
+
+# AQT: Abdolrashidi et al. 2021, arXiv:2105.03536.
+
+
+def quantize(x, bits, axes):
+  """Returns x rounded to the grid of `bits`, one scale along `axes`.
+
+  `bits` None leaves x alone; `axes` None means one scale for all of x.
+  """
+  x = np.asarray(x, np.float64)
+  if bits is None:
+    return x
+  absmax = np.abs(x).max(axis=axes, keepdims=True)
+  scale = absmax / (2 ** (bits - 1) - 0.5)
+  scale = np.where(scale == 0, 1, scale)
+  most = 2 ** (bits - 1) - 1
+  return np.round(np.clip(x / scale, -most, most)) * scale  # half to even
+
+
+def quantized_dot(formula, lhs, rhs, bits, whole):
+  """Returns the quantized operands of an einsum and their product.
+
+  Args:
+    formula: An einsum of two operands, such as 'bni,io->bno'.
+    lhs: Left operand.
+    rhs: Right operand.
+    bits: (bits of lhs, bits of rhs), each a number or None.
+    whole: (one scale for all of lhs, the same for rhs); otherwise each slice
+      along the contracted axes has its own.
+  """
+  inputs, out = formula.split('->')
+  quantized = []
+  for letters, x, b, one_scale in zip(
+    inputs.split(','), (lhs, rhs), bits, whole, strict=True
+  ):
+    contracted = tuple(i for i, c in enumerate(letters) if c not in out)
+    quantized.append(quantize(x, b, None if one_scale else contracted))
+  return *quantized, np.einsum(formula, *quantized)
+
+
+def quantized_dot_gradients(formula, lhs_q, rhs_q, g):
+  """Returns d lhs and d rhs: rounding counts as the identity."""
+  inputs, out = formula.split('->')
+  lhs, rhs = inputs.split(',')
+  return (
+    np.einsum(f'{out},{rhs}->{lhs}', g, rhs_q),
+    np.einsum(f'{lhs},{out}->{rhs}', lhs_q, g),
+  )
+
+
+# ViT: Dosovitskiy et al. 2020, arXiv:2010.11929.
+
+
+def layer_norm(x, params, eps):
+  mean = x.mean(-1, keepdims=True)
+  variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+  return (x - mean) / np.sqrt(variance + eps) * params['scale'] + params['bias']
+
+
+def softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def gelu(x):
+  return x * 0.5 * (1 + special.erf(x / math.sqrt(2)))
+
+
+def embed_patches(images, params, patch):
+  """Multiplies every patch, row by row, with the convolution kernel."""
+  _, height, width, _ = images.shape
+  tokens = []
+  for top in range(0, height, patch):
+    for left in range(0, width, patch):
+      window = images[:, top : top + patch, left : left + patch]
+      tokens.append(np.einsum('bhwc,hwcd->bd', window, params['kernel']))
+  return np.stack(tokens, axis=1) + params['bias']
+
+
+def attention(x, params, eps):
+  """Attends head by head; with 'query_norm' in params, q and k are normed."""
+  kernel = {name: params[name]['kernel'] for name in ('query', 'key', 'value')}
+  bias = {name: params[name]['bias'] for name in kernel}
+  out = np.zeros_like(x)
+  for head in range(kernel['query'].shape[1]):
+    q, k, v = (x @ kernel[n][:, head] + bias[n][head] for n in kernel)
+    if 'query_norm' in params:
+      q = layer_norm(q, params['query_norm'], eps)
+      k = layer_norm(k, params['key_norm'], eps)
+    weights = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]))
+    out = out + weights @ v @ params['out']['kernel'][head]
+  return out + params['out']['bias']
+
+
+def mlp(x, params):
+  x = gelu(x @ params['fc1']['kernel'] + params['fc1']['bias'])
+  return x @ params['fc2']['kernel'] + params['fc2']['bias']
+
+
+def block(x, params, eps, keep=(1.0, 1.0)):
+  """Pre-norm block; `keep` multiplies its two branches (stochastic depth)."""
+  y = attention(layer_norm(x, params['norm1'], eps), params['attn'], eps)
+  x = x + keep[0] * params.get('scale1', 1) * y
+  y = mlp(layer_norm(x, params['norm2'], eps), params['mlp'])
+  return x + keep[1] * params.get('scale2', 1) * y
+
+
+def vit(params, images, *, patch, pool, eps=1e-6, keep=None):
+  """Returns logits; `keep` gives the factors of the blocks' branches."""
+  params = _float64(params)
+  images = np.asarray(images, np.float64)
+  x = embed_patches(images, params['patch_embed'], patch)
+  if pool == 'token':
+    x = np.concatenate([np.repeat(params['cls'], len(x), axis=0), x], axis=1)
+  x = x + params['pos_embed']
+  encoder = params['encoder']
+  depth = sum(name.startswith('block_') for name in encoder)
+  for i in range(depth):
+    factors = keep[i] if keep else (1.0, 1.0)
+    x = block(x, encoder[f'block_{i:02d}'], eps, factors)
+  x = layer_norm(x, encoder['norm'], eps)
+  x = x[:, 0] if pool == 'token' else x.mean(axis=1)
+  return x @ params['head']['kernel'] + params['head']['bias']
+
+
+def random_params(shapes, seed=0):
+  """Returns a tree of float32 arrays in which no parameter is idle."""
+  random = np.random.default_rng(seed)
+
+  def fill(tree, name):
+    if isinstance(tree, dict):
+      return {key: fill(tree[key], key) for key in tree}
+    noise = 0.3 * random.standard_normal(tree.shape)
+    return (noise + ('scale' in name)).astype(np.float32)
+
+  return fill(shapes, '')
+
+
+def _float64(tree):
+  if isinstance(tree, dict):
+    return {name: _float64(leaf) for name, leaf in tree.items()}
+  return np.asarray(tree, np.float64)
+
+
+# Losses and optimizers.
+
+
+def log_softmax(logits):
+  return np.log(softmax(np.asarray(logits, np.float64)))
+
+
+def cross_entropy(logits, targets, label_smoothing=0.0):
+  """Mean over images, in nats; a share of each target is spread evenly."""
+  targets = np.asarray(targets, np.float64)
+  even = np.full_like(targets, 1 / targets.shape[1])
+  targets = (1 - label_smoothing) * targets + label_smoothing * even
+  return -(targets * log_softmax(logits)).sum(axis=1).mean()
+
+
+def adamw(p, grads, rates, *, b1, b2, decay, eps=1e-8):
+  """Loshchilov & Hutter 2017, arXiv:1711.05101: p after all the gradients."""
+  m, v = np.zeros_like(p), np.zeros_like(p)
+  for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g**2
+    direction = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    p = p - rate * (direction + decay * p)
+  return p
+
+
+def sgd(p, grads, rates, *, momentum, decay):
+  """Heavy ball with L2: the decay is part of the gradient."""
+  m = np.zeros_like(p)
+  for g, rate in zip(grads, rates, strict=True):
+    m = momentum * m + g + decay * p
+    p = p - rate * m
+  return p
