@@ -73,7 +73,7 @@ def get_config():
       name='',  # TFDS name, e.g. 'cifar100'; '' with source='digits'.
       dir='',  # TFDS data_dir; '' = TFDS_DATA_DIR, else TFDS's own.
       train_split='train',  # TFDS split syntax works: 'train[:90%]'.
-      eval_split='test',
+      eval_split='test',  # Split that is evaluated, in the same syntax.
       mean=(0.485, 0.456, 0.406),  # Of the RGB channels in 0..1.
       std=(0.229, 0.224, 0.225),  # > 0
       resize='bicubic',  # 'bicubic' | 'bilinear', both with antialias

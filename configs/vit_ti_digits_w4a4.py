@@ -22,7 +22,7 @@ def get_config():
   )
   config.optim.update(lr=5e-4, weight_decay=0.05, clip_norm=1.0)
   config.train.update(
-    steps=1800, batch_size=64, label_smoothing=0.1, ema_decay=0.99
+    steps=1200, batch_size=64, label_smoothing=0.1, ema_decay=0.99
   )
   config.eval.update(batch_size=360, every=300)
   config.log.every = 100

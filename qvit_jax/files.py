@@ -67,9 +67,10 @@ def cannot_write(path, error: OSError) -> str:
 
 
 class Lock:
-  """Keeps a second run out of a workdir until this process ends.
+  """Keeps a second run out of a workdir while this one works there.
 
-  The operating system drops the lock with the process, however it dies.
+  Use it as a context. The operating system drops the lock with the process,
+  however it dies.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -94,3 +95,9 @@ class Lock:
       self._file.flush()
     except OSError as error:
       raise ConfigError(cannot_write(workdir, error)) from error
+
+  def __enter__(self) -> 'Lock':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._file.close()

@@ -1,12 +1,13 @@
 """What `--mode` may be: one function each. Row 9; knows nothing of flags."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -78,10 +79,13 @@ def _join_processes() -> None:
   jax.distributed.initialize(**own)
 
 
-def _open(workdir: str) -> tuple[pathlib.Path, files.Lock | None]:
-  """Opens the workdir; the first process alone holds the lock."""
+@contextlib.contextmanager
+def _opened(workdir: str) -> Iterator[pathlib.Path]:
+  """Opens the workdir and keeps other runs out (on the first process)."""
   place = files.open_workdir(workdir)
-  return place, files.Lock(place) if jax.process_index() == 0 else None
+  is_first = jax.process_index() == 0
+  with files.Lock(place) if is_first else contextlib.nullcontext():
+    yield place
 
 
 def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -100,27 +104,28 @@ def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def train(config: Any, workdir: str) -> None:
   """Trains, evaluates and saves; goes on where the workdir stopped."""
-  place, lock = _open(workdir)
-  experiment = Experiment(config, training=True)
-  _header('train', experiment, place)
-  say(f'schedule  {experiment.schedule_line()}')
-  for line in experiment.whole:
-    say(f'sharding  {line}')
-  checkpoints = Checkpoints(place / 'checkpoints', writer=True)
-  if jax.process_count() > 1:  # nobody reads before the first has tidied up
-    multihost_utils.sync_global_devices('checkpoints')
-  state, progress, origin = restore.initial_state(experiment, checkpoints)
-  for line in origin:
-    say(f'start     {line}')
-  if jax.process_index() == 0:
-    files.write_json(place / 'config.json', config_lib.to_json(config))
-  progress = _train(experiment, place, checkpoints, state, progress)
-  _write_results(experiment, place, progress.best, f'step {progress.best_step}')
-  say(
-    f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
-    f'results in {place / "results.json"}'
-  )
-  del lock
+  with _opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    _header('train', experiment, place)
+    say(f'schedule  {experiment.schedule_line()}')
+    for line in experiment.whole:
+      say(f'sharding  {line}')
+    checkpoints = Checkpoints(place / 'checkpoints', writer=True)
+    if jax.process_count() > 1:  # nobody reads before the first has tidied up
+      multihost_utils.sync_global_devices('checkpoints')
+    state, progress, origin = restore.initial_state(experiment, checkpoints)
+    for line in origin:
+      say(f'start     {line}')
+    if jax.process_index() == 0:
+      files.write_json(place / 'config.json', config_lib.to_json(config))
+    progress = _train(experiment, place, checkpoints, state, progress)
+    _write_results(
+      experiment, place, progress.best, f'step {progress.best_step}'
+    )
+    say(
+      f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
+      f'results in {place / "results.json"}'
+    )
 
 
 def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
@@ -167,31 +172,30 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
 
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
-  place, lock = _open(workdir)
-  experiment = Experiment(config, training=False)
-  _header('eval', experiment, place)
-  variables, origin = restore.restore_variables(
-    experiment, config.checkpoint.path or str(place), same_plan=True
-  )
-  say(f'start     {origin}, digests verified')
-  started = time.monotonic()
-  metrics = experiment.make_evaluator()(variables)
-  seconds = time.monotonic() - started
-  if not math.isfinite(metrics['loss']):
-    raise DivergedError(
-      f'the evaluation loss of {origin} is {metrics["loss"]}; evaluate another '
-      'checkpoint or train with a lower optim.lr'
+  with _opened(workdir) as place:
+    experiment = Experiment(config, training=False)
+    _header('eval', experiment, place)
+    variables, origin = restore.restore_variables(
+      experiment, config.checkpoint.path or str(place), same_plan=True
     )
-  _write_results(experiment, place, metrics, origin.partition(' of ')[0])
-  say(
-    '  '.join(
-      f'{name} {metrics[name]:.6f}'
-      for name in ('loss', 'top1', 'top5', 'f1_macro')
+    say(f'start     {origin}, digests verified')
+    started = time.monotonic()
+    metrics = experiment.make_evaluator()(variables)
+    seconds = time.monotonic() - started
+    if not math.isfinite(metrics['loss']):
+      raise DivergedError(
+        f'the evaluation loss of {origin} is {metrics["loss"]}; evaluate '
+        'another checkpoint or train with a lower optim.lr'
+      )
+    _write_results(experiment, place, metrics, origin.partition(' of ')[0])
+    say(
+      '  '.join(
+        f'{name} {metrics[name]:.6f}'
+        for name in ('loss', 'top1', 'top5', 'f1_macro')
+      )
+      + f'  ({metrics["num_examples"]} images in {seconds:.1f} s, compiling '
+      f'included); results in {place / "results.json"}'
     )
-    + f'  ({metrics["num_examples"]} images in {seconds:.1f} s, compiling '
-    f'included); results in {place / "results.json"}'
-  )
-  del lock
 
 
 def _write_results(
@@ -235,30 +239,29 @@ def sites(config: Any, workdir: str) -> None:
 
 def benchmark(config: Any, workdir: str) -> None:
   """Times training and inference beside the float twin, and the data path."""
-  place, lock = _open(workdir)
-  experiment = Experiment(config, training=True)
-  _header('benchmark', experiment, place)
-  twins = {'model': experiment}
-  if config.quant.recipe != 'none':
-    plain = copy.deepcopy(config)
-    plain.quant.recipe = 'none'
-    twins['float'] = Experiment(plain, training=True, data=experiment.data)
-  result = {
-    'environment': report.environment(),
-    'config_digest': report.config_digest(config_lib.to_json(config)),
-    'bits': experiment.model.bits,
-    'rounds': _ROUNDS,
-    'size_bytes': {
-      name: twin.model.size_bytes() for name, twin in twins.items()
-    },
-    'train': benchmarks.time_training(twins, rounds=_ROUNDS),
-    'inference': benchmarks.time_inference(twins, rounds=_ROUNDS),
-  }
-  if jax.process_index() == 0:
-    files.write_json(place / 'benchmark.json', result)
-  say(benchmarks.table(result))
-  say(f'results in {place / "benchmark.json"}')
-  del lock
+  with _opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    _header('benchmark', experiment, place)
+    twins = {'model': experiment}
+    if config.quant.recipe != 'none':
+      plain = copy.deepcopy(config)
+      plain.quant.recipe = 'none'
+      twins['float'] = Experiment(plain, training=True, data=experiment.data)
+    result = {
+      'environment': report.environment(),
+      'config_digest': report.config_digest(config_lib.to_json(config)),
+      'bits': experiment.model.bits,
+      'rounds': _ROUNDS,
+      'size_bytes': {
+        name: twin.model.size_bytes() for name, twin in twins.items()
+      },
+      'train': benchmarks.time_training(twins, rounds=_ROUNDS),
+      'inference': benchmarks.time_inference(twins, rounds=_ROUNDS),
+    }
+    if jax.process_index() == 0:
+      files.write_json(place / 'benchmark.json', result)
+    say(benchmarks.table(result))
+    say(f'results in {place / "benchmark.json"}')
 
 
 MODES: dict[str, Callable[[Any, str], None]] = {

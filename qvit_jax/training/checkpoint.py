@@ -270,17 +270,21 @@ class Checkpoints:
 
   def _async(self) -> ocp.AsyncCheckpointer:
     if self._saver is None:
-      if jax.process_index() == 0:
-        self.directory.mkdir(parents=True, exist_ok=True)
       self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     return self._saver
 
   def _check_space(self, items: dict[str, Any]) -> None:
+    """Asks the disk first: orbax waits for minutes where it cannot write."""
     needed = tree.num_bytes(items)
-    place = self.directory
-    while not place.exists():
-      place = place.parent
-    free = shutil.disk_usage(place).free
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      probe = self.directory / f'.probe{jax.process_index()}'
+      probe.write_bytes(b'x')
+      probe.unlink()
+      free = shutil.disk_usage(self.directory).free
+    except OSError as error:
+      text = files.cannot_write(self.directory, error)
+      raise CheckpointError(text) from error
     if needed > free:
       raise CheckpointError(
         f'{self.directory} needs {needed / 2**20:.1f} MiB for a checkpoint, '

@@ -177,6 +177,7 @@ class Trainer:
     return step % every == 0 or step == last
 
   def _diverged(self, what: str, step: int) -> DivergedError:
+    self._checkpoints.close()  # what is being written is still good
     latest = self._checkpoints.latest()
     kept = 'no checkpoint was written yet'
     if latest is not None:

@@ -1,0 +1,152 @@
+"""Who imports whom: strictly downwards, row by row."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Module or package and its row; it may import lower rows and itself.
+ROWS = {
+  'errors': 0,
+  'tree': 1,
+  'files': 1,
+  'config': 1,
+  'devices': 1,
+  'rules': 2,
+  'ops': 3,
+  'models': 4,
+  'quantization': 4,
+  'data': 4,
+  'evaluation': 5,
+  'training': 6,
+  'experiment': 8,
+  'restore': 9,
+  'benchmarks': 9,
+  'modes': 10,
+}
+# training does not know which model, recipe or data source it runs.
+HIDDEN = {'training': {'models', 'quantization', 'data'}}
+# The only imports of ours inside a function: they cost a second each.
+LATE = {('data/__init__.py', 'qvit_jax.data.tfds_source')}
+# Heavy or dying packages and the one file that knows them.
+OWNERS = {
+  'aqt': 'quantization/aqt_core.py',
+  'tensorflow_datasets': 'data/tfds_source.py',
+  'tensorflow': 'training/writers.py',
+  'clu': 'training/writers.py',
+  'orbax': 'training/checkpoint.py',
+}
+
+
+def imports(source):
+  """Yields (module, is it inside a function) of every import."""
+  tree = ast.parse(source)
+  inside = {
+    id(node)
+    for function in ast.walk(tree)
+    if isinstance(function, (ast.FunctionDef, ast.Lambda))
+    for node in ast.walk(function)
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for name in node.names:
+        yield name.name, id(node) in inside
+    elif isinstance(node, ast.ImportFrom):
+      for name in node.names:
+        yield f'{node.module}.{name.name}', id(node) in inside
+
+
+def part_of(module):
+  """Returns the row name of 'qvit_jax.data.order' -> 'data'."""
+  return module.split('.')[1]
+
+
+def violations(path, source):
+  """Returns a line for every import of a file that goes up or sideways."""
+  own = path.split('/')[0].removesuffix('.py')
+  lines = []
+  for module, is_late in imports(source):
+    if not module.startswith('qvit_jax.'):
+      continue
+    other = part_of(module)
+    if is_late and not any(
+      path == file and module.startswith(allowed) for file, allowed in LATE
+    ):
+      lines.append(f'{path} imports {module} inside a function')
+    if other != own and (
+      ROWS[other] >= ROWS[own] or other in HIDDEN.get(own, ())
+    ):
+      lines.append(f'{path} (row {ROWS[own]}) imports {module}')
+  return lines
+
+
+def package_files():
+  package = ROOT / 'qvit_jax'
+  return {
+    path.relative_to(package).as_posix(): path.read_text()
+    for path in package.rglob('*.py')
+    if path != package / '__init__.py'
+  }
+
+
+def test_every_import_goes_down():
+  found = [
+    line
+    for path, source in package_files().items()
+    for line in violations(path, source)
+  ]
+  assert not found
+
+
+def test_every_module_has_a_row():
+  assert {
+    path.split('/')[0].removesuffix('.py') for path in package_files()
+  } == (set(ROWS))
+
+
+@pytest.mark.parametrize(
+  ('path', 'source'),
+  [
+    ('models/vit.py', 'from qvit_jax.quantization import spec'),
+    ('models/vit.py', 'import qvit_jax.training.loop'),
+    ('training/loop.py', 'from qvit_jax.data import order'),
+    ('tree.py', 'from qvit_jax import rules'),
+    ('training/loop.py', 'def f():\n  from qvit_jax import tree'),
+  ],
+)
+def test_a_planted_import_is_caught(path, source):
+  assert len(violations(path, source)) == 1
+
+
+@pytest.mark.parametrize(('package', 'owner'), OWNERS.items())
+def test_one_file_alone_knows(package, owner):
+  users = {
+    path
+    for path, source in package_files().items()
+    for module, _ in imports(source)
+    if module.split('.')[0] == package
+  }
+  assert users == {owner}
+
+
+def test_tensorflow_is_imported_only_where_events_are_written():
+  source = (ROOT / 'qvit_jax/training/writers.py').read_text()
+  late = {module: is_late for module, is_late in imports(source)}
+  assert late['tensorflow']
+  assert late['clu.metric_writers.summary_writer']
+
+
+def test_configs_import_only_their_common_base():
+  for path in (ROOT / 'configs').glob('*.py'):
+    found = {module for module, _ in imports(path.read_text())}
+    allowed = (
+      {'ml_collections'} if path.stem == 'common' else {'configs.common'}
+    )
+    assert found == allowed, path
+
+
+def test_no_module_is_called_utils():
+  names = {path.split('/')[-1] for path in package_files()}
+  assert not names & {'utils.py', 'common.py', 'helpers.py', 'misc.py'}

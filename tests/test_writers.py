@@ -1,0 +1,89 @@
+"""metrics.jsonl and the TensorBoard events beside it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qvit_jax import modes
+from qvit_jax.training import writers
+
+
+def read_rows(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_one_line_a_split_with_the_names_of_the_contract(tmp_path):
+  writer = writers.JsonlWriter(tmp_path / 'metrics.jsonl', resume_step=0)
+  writer.write_scalars(5, {'train/loss': 1.5, 'train/lr': 0.1, 'eval/top1': 1})
+  writer.close()
+  assert read_rows(tmp_path) == [
+    {'step': 5, 'split': 'train', 'loss': 1.5, 'lr': 0.1},
+    {'step': 5, 'split': 'eval', 'top1': 1},
+  ]
+
+
+def test_lines_beyond_the_restored_step_and_half_lines_go(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  rows = [{'step': step, 'split': 'train', 'loss': step} for step in (2, 4, 6)]
+  text = '\n'.join(json.dumps(row) for row in rows)
+  path.write_text(text + '\n{"step": 4, "spl')
+  writer = writers.JsonlWriter(path, resume_step=4)
+  writer.write_scalars(6, {'train/loss': 60})
+  writer.close()
+  assert [row['loss'] for row in read_rows(tmp_path)] == [2, 4, 60]
+
+
+def test_confusion_image_shows_shares_of_each_true_class():
+  image = writers.confusion_image([[3, 1], [0, 0]])
+  assert image.shape == (1, 400, 400, 1)
+  assert image.dtype == np.uint8
+  assert image[0, 0, 0, 0] == 191  # 3/4 of 255
+  assert image[0, 0, 399, 0] == 64  # 1/4 of 255
+  assert image[0, 399].max() == 0  # a class without examples
+
+
+@pytest.fixture(scope='module')
+def events(tmp_path_factory):
+  """Returns (workdir, TensorBoard's reader) of a finished run."""
+  from tensorboard.backend.event_processing import event_accumulator
+
+  from tests.conftest import make_digits_config
+
+  config = make_digits_config()
+  config.log.tensorboard = True
+  workdir = tmp_path_factory.mktemp('run')
+  modes.run('train', config, str(workdir))
+  reader = event_accumulator.EventAccumulator(
+    str(workdir / 'tensorboard'), size_guidance={'tensors': 0}
+  )
+  reader.Reload()
+  return workdir, reader
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl(events):
+  from tensorboard.util import tensor_util
+
+  workdir, reader = events
+  checked = 0
+  for row in read_rows(workdir):
+    for name, value in row.items():
+      if name in ('step', 'split'):
+        continue
+      found = {
+        event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+        for event in reader.Tensors(f'{row["split"]}/{name}')
+      }
+      assert found[row['step']] == pytest.approx(value, rel=1e-6)
+      checked += 1
+  # Three train lines of five numbers, two evaluations of five.
+  assert checked == 25
+
+
+def test_tensorboard_holds_confusion_and_weights(events):
+  _, reader = events
+  tags = reader.Tags()['tensors']
+  assert 'eval/confusion' in tags
+  assert 'params/encoder/block_00/attn/query/kernel' in tags
+  assert 'params/head/kernel' in tags
