@@ -15,7 +15,7 @@ from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.ops import Ops
-from qvit_jax.training import checkpoint, optimizer, sharding
+from qvit_jax.training import optimizer, sharding
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import make_train_step
 
@@ -149,11 +149,11 @@ class Experiment:
   def abstract_variables(self) -> dict[str, Any]:
     """Returns shapes and places of the model's collections."""
     shardings, _ = self._shardings(self.model.shapes)
-    return checkpoint.abstract(self.model.shapes, shardings)
+    return sharding.abstract(self.model.shapes, shardings)
 
   def abstract_state(self) -> TrainState:
     """Returns shapes and places of the training state."""
-    return checkpoint.abstract(self.state_shapes, self.state_shardings)
+    return sharding.abstract(self.state_shapes, self.state_shardings)
 
   def state_of(self, variables: dict[str, Any]) -> TrainState:
     """Returns the state before the first update of given variables."""

@@ -31,7 +31,7 @@ def call(capsys, monkeypatch, tmp_path):
   return run
 
 
-def check(result, *parts):
+def check_mistake(result, *parts):
   """The exit code is 2 and one line on stderr holds all parts."""
   code, err = result
   assert code == 2, err
@@ -87,7 +87,7 @@ def test_help_lists_modes_and_loads_no_jax():
   ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_line(call, flags, parts):
-  check(call(*flags), *parts)
+  check_mistake(call(*flags), *parts)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_a_mistake_ends_in_one_line(call, flags, parts):
 def test_a_broken_config_file_is_named(call, tmp_path, text, part):
   path = tmp_path / 'mine.py'
   path.write_text(text)
-  check(call(f'--config={path}'), str(path), part)
+  check_mistake(call(f'--config={path}'), str(path), part)
 
 
 def test_a_missing_data_set_says_what_to_run_or_set(call, tmp_path):
   folder = tmp_path / 'nothing'
-  check(
+  check_mistake(
     call(HEADLINE, f'--config.data.dir={folder}'),
     f'cifar100 is not prepared in {folder}',
     'TFDS_DATA_DIR',
@@ -116,21 +116,23 @@ def test_a_missing_data_set_says_what_to_run_or_set(call, tmp_path):
 
 
 def test_a_workdir_is_needed_and_is_no_file(call, tmp_path):
-  check(call(DIGITS, workdir=''), 'no workdir', '--workdir=DIR')
+  check_mistake(call(DIGITS, workdir=''), 'no workdir', '--workdir=DIR')
   path = tmp_path / 'file'
   path.write_text('')
-  check(call(DIGITS, workdir=path), f'{path} is (or lies below) a file')
-  check(call(DIGITS, workdir=path / 'below'), 'choose a directory')
+  check_mistake(call(DIGITS, workdir=path), f'{path} is (or lies below) a file')
+  check_mistake(call(DIGITS, workdir=path / 'below'), 'choose a directory')
 
 
 def test_a_workdir_in_use_names_its_owner(call, tmp_path):
   workdir = files.open_workdir(str(tmp_path / 'run'))
   with files.Lock(workdir):
-    check(call(DIGITS), f'in use by process {os.getpid()} on ')
+    check_mistake(call(DIGITS), f'in use by process {os.getpid()} on ')
 
 
 def test_evaluating_an_empty_workdir_says_to_train(call):
-  check(call(DIGITS, '--mode=eval'), 'holds no checkpoint', 'train there first')
+  check_mistake(
+    call(DIGITS, '--mode=eval'), 'holds no checkpoint', 'train there first'
+  )
 
 
 def test_debug_shows_the_traceback(call):
@@ -145,7 +147,7 @@ def test_a_batch_that_eight_devices_cannot_share_is_refused(tmp_path):
     f'--workdir={tmp_path}',
     env={'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
   )
-  check(
+  check_mistake(
     (done.returncode, done.stderr),
     'train.batch_size=12 is not divisible by mesh.data x mesh.fsdp = 8',
     'choose a multiple of 8',
@@ -158,7 +160,7 @@ def test_a_read_only_disk_is_one_line(call, tmp_path):
   if os.geteuid() or os.system(f'mount -t tmpfs -o size=1m,ro tmpfs {place}'):
     pytest.skip('mounting a disk needs root')
   try:
-    check(call(DIGITS, workdir=place / 'run'), 'the disk is read-only')
+    check_mistake(call(DIGITS, workdir=place / 'run'), 'the disk is read-only')
   finally:
     os.system(f'umount -l {place}')
 

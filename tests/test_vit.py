@@ -40,6 +40,12 @@ def tiny(**fields):
 
 
 def shapes_of(config):
+  return _shapes_of(tuple(sorted(config.model.items())))
+
+
+@functools.cache
+def _shapes_of(fields):
+  config = tiny(**dict(fields))
   size = config.model.image_size
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   init = models.build_model(config).init
@@ -127,7 +133,7 @@ def test_size_and_its_five_numbers_are_the_same_model():
   assert shapes_of(named) == shapes_of(listed)
 
 
-@pytest.mark.parametrize(('image_size', 'patch'), [(4, 4), (20, 4), (3, 1)])
+@pytest.mark.parametrize(('image_size', 'patch'), [(20, 4), (3, 1)])
 def test_any_image_that_the_patch_divides_works(image_size, patch):
   config = tiny(image_size=image_size, patch=patch)
   tokens = 1 + (image_size // patch) ** 2
@@ -194,34 +200,24 @@ def test_bfloat16_model_keeps_float32_parameters_and_logits():
   assert np.abs(logits - exact).max() > 1e-5 * np.abs(exact).max()
 
 
-def test_remat_gives_the_same_gradients_and_sites():
-  gradients = []
+def test_remat_gives_the_same_gradients_and_keeps_less_for_them():
+  gradients, kept = [], []
   for remat in (False, True):
     config = tiny(remat=remat, dropout=0.1)
-    images = images_of(config)
-
-    def loss(variables, config=config, images=images):
-      return (_train(config, variables, images, 2) ** 2).sum()
-
-    gradient = jax.jit(jax.grad(loss))(variables_of(config))
-    gradients.append(tree.flatten(gradient))
+    variables, images = variables_of(config), images_of(config)
+    apply = lambda v, c=config, images=images: _train(c, v, images, 2)
+    logits, pullback = jax.vjp(apply, variables)
+    kept.append(tree.num_elements(pullback))
+    gradients.append(tree.flatten(pullback(logits)[0]))
+  assert kept[1] < 0.5 * kept[0]
   for path, plain in gradients[0].items():
     # A key's bias has no gradient but noise, so no relative error either.
     np.testing.assert_allclose(gradients[1][path], plain, 1e-4, atol=1e-4)
+  assert np.abs(gradients[0]['params/head/kernel']).max() > 0.1
+
+
+def test_remat_has_the_same_sites():
   assert models.list_sites(tiny(remat=True)) == models.list_sites(tiny())
-
-
-def test_remat_keeps_less_for_the_backward_pass():
-  kept = []
-  for remat in (False, True):
-    config = tiny(remat=remat)
-    model, images = models.build_model(config), images_of(config)
-    _, pullback = jax.vjp(
-      lambda v, model=model, images=images: model.apply(v, images),
-      variables_of(config),
-    )
-    kept.append(tree.num_bytes(pullback))
-  assert kept[1] < 0.5 * kept[0]
 
 
 # Initialisation.
@@ -332,12 +328,12 @@ def test_stochastic_depth_skips_whole_branches_image_by_image():
     )
     for first, second in itertools.product((0, 2), repeat=2)
   ])  # fmt: skip
-  copies = jnp.repeat(image, 64, axis=0)
+  copies = jnp.repeat(image, 2048, axis=0)
   logits = trained_logits_of(config, variables, copies)
   distance = np.abs(logits[:, None] - outcomes).max(-1)
   assert distance.min(axis=1).max() < 1e-4 * np.abs(outcomes).max()
   counts = np.bincount(distance.argmin(axis=1), minlength=4)
-  assert counts.sum() == 64 and counts.min() >= 6  # 16 expected of each
+  assert counts.sum() == 2048 and counts.min() >= 400  # 512 expected of each
 
 
 def test_stochastic_depth_grows_linearly_with_the_block():

@@ -345,12 +345,3 @@ def _first_line(error: Exception) -> str:
 
 def _more(lines: list[str], shown: int) -> str:
   return f' and {len(lines) - shown} more' if len(lines) > shown else ''
-
-
-def abstract(shapes: Any, shardings: Any) -> Any:
-  """Returns the shapes with the places at which a restore shall put them."""
-  return jax.tree.map(
-    lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-    shapes,
-    shardings,
-  )

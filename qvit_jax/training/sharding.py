@@ -139,3 +139,12 @@ def replicate(host: Any, mesh: jax.sharding.Mesh):
     ),
     host,
   )
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+  """Returns the shapes with the places at which a restore shall put them."""
+  return jax.tree.map(
+    lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+    shapes,
+    shardings,
+  )

@@ -14,6 +14,29 @@ from qvit_jax.training.state import TrainState, split_collections
 TICK = ('loss', 'top1', 'grad_norm')
 
 
+def _accumulated(gradient: Callable, parts: int) -> Callable:
+  """Returns the gradient of the mean loss, taken over slices of the batch."""
+  if parts == 1:
+    return gradient
+
+  def slices(x):
+    # Every slice takes each parts-th image, so that it stays spread over all
+    # devices.
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  def accumulated(trained, frozen, images, labels, key):
+    def body(total, part):
+      one = gradient(trained, frozen, *part)
+      return jax.tree.map(lambda a, b: a + b / parts, total, one), None
+
+    inputs = (slices(images), slices(labels), jax.random.split(key, parts))
+    shapes = jax.eval_shape(gradient, trained, frozen, *(x[0] for x in inputs))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zero, inputs)[0]
+
+  return accumulated
+
+
 def make_train_step(
   *,
   apply: Callable[..., jax.Array],
@@ -49,27 +72,9 @@ def make_train_step(
     loss = losses.cross_entropy(logits, targets, train.label_smoothing)
     return loss, losses.top1(logits, targets)
 
-  gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-  def accumulated(trained, frozen, images, labels, key):
-    """The gradient of the mean loss, `train.accumulate` slices at a time."""
-    parts = train.accumulate
-    if parts == 1:
-      return gradient(trained, frozen, images, labels, key)
-
-    def slices(x):
-      # Every slice takes each parts-th image, so that it stays spread over
-      # all devices.
-      return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    def body(total, part):
-      one = gradient(trained, frozen, part[0], part[1], part[2])
-      return jax.tree.map(lambda a, b: a + b / parts, total, one), None
-
-    inputs = (slices(images), slices(labels), jax.random.split(key, parts))
-    shapes = jax.eval_shape(gradient, trained, frozen, *(x[0] for x in inputs))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zero, inputs)[0]
+  gradient = _accumulated(
+    jax.value_and_grad(loss_of, has_aux=True), train.accumulate
+  )
 
   def step(state: TrainState, source: Any, batch: Any):
     number = state.step + 1
@@ -78,7 +83,7 @@ def make_train_step(
       gather(source, batch), batch_sharding
     )
     trained, frozen = split_collections(state.variables, train.trainable)
-    (loss, top1), grads = accumulated(trained, frozen, images, labels, key)
+    (loss, top1), grads = gradient(trained, frozen, images, labels, key)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = state.ema
