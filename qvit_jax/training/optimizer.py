@@ -28,7 +28,7 @@ def warmup_steps(config, total: int, per_epoch: int) -> int:
   if not steps:
     field, steps = 'epochs', round(optim.warmup_epochs * per_epoch)
     if train.steps and train.epochs > optim.warmup_epochs:
-      steps = round(total * optim.warmup_epochs / train.epochs)
+      steps = min(steps, round(total * optim.warmup_epochs / train.epochs))
   if steps and steps >= total:
     raise ConfigError(
       f'optim.warmup_{field}={optim[f"warmup_{field}"]} makes {steps} warm-up '
