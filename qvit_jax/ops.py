@@ -130,6 +130,7 @@ class SiteDense(nn.Module):
     in_dims: How many trailing axes of the input are contracted.
     kind: 'dense', or 'conv' when the input axes are those of a patch.
     dtype: Compute dtype; parameters are float32.
+    out_dtype: Of the result; the compute dtype by default.
   """
 
   features: tuple[int, ...]
@@ -137,6 +138,7 @@ class SiteDense(nn.Module):
   in_dims: int = 1
   kind: str = 'dense'
   dtype: Any = jnp.float32
+  out_dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b ...']) -> Float[Array, 'b ...']:
@@ -166,7 +168,7 @@ class SiteDense(nn.Module):
     if self.ops.delta is not None:
       y = y + self.ops.delta(self, site, x)
     y = y.reshape(*lead, *self.features) + bias
-    return y.astype(self.dtype)
+    return y.astype(self.out_dtype or self.dtype)
 
 
 class SiteProduct(nn.Module):

@@ -13,7 +13,7 @@ from qvit_jax.errors import RuleError
 
 
 def match(
-  rules: Sequence[tuple[str, Any]],
+  rules: Sequence[Any],
   paths: Iterable[str],
   *,
   field: str,
@@ -41,7 +41,9 @@ def match(
     hits = [p for p in paths if pattern.search(p) and applies(p, value)]
     fresh = [p for p in hits if p not in matched]
     if not fresh:
-      raise RuleError(_dead(pattern.pattern, hits, paths, f'{field}[{i}]'))
+      unfit = [p for p in paths if pattern.search(p) and p not in hits]
+      text = _dead(pattern.pattern, value, hits, unfit, paths)
+      raise RuleError(f'{field}[{i}]: {text}')
     matched.update(dict.fromkeys(fresh, value))
   return matched
 
@@ -61,15 +63,23 @@ def _compile(rule, i: int, field: str) -> tuple[re.Pattern, Any]:
     ) from error
 
 
-def _dead(pattern: str, hits: list[str], paths: list[str], field: str) -> str:
+def _dead(
+  pattern: str, value: Any, hits: list[str], unfit: list[str], paths: list[str]
+) -> str:
+  """Says why a rule has no effect, and what would help."""
   if hits:
     return (
-      f'{field}: {pattern!r} has no effect, earlier rules take all it '
-      f'matches ({", ".join(hits[:3])}); move it up or delete it'
+      f'{pattern!r} has no effect, earlier rules take all it matches '
+      f'({", ".join(hits[:3])}); move it up or delete it'
+    )
+  if unfit:
+    return (
+      f'{pattern!r} matches only {", ".join(unfit[:3])}, where {value!r} does '
+      'not apply; give another value or delete it'
     )
   letters = re.sub(r'\\d|[^a-zA-Z0-9_/]', '', pattern)
   near = difflib.get_close_matches(letters, paths, n=3, cutoff=0.0)
   return (
-    f'{field}: {pattern!r} matches nothing; closest: {", ".join(near)}. '
+    f'{pattern!r} matches nothing; closest: {", ".join(near)}. '
     'List all sites with --mode=sites'
   )

@@ -6,8 +6,6 @@ fresh permutation of the data set for every epoch i // N. Update `step`
 run needs no iterator state.
 """
 
-import collections
-
 import numpy as np
 
 
@@ -17,9 +15,7 @@ class Order:
   def __init__(self, seed: int, size: int):
     """Args: seed >= 0 of the permutations; size of the data set."""
     self._seed, self._size = seed, size
-    self._epochs: collections.OrderedDict[int, np.ndarray] = (
-      collections.OrderedDict()
-    )
+    self._epochs: dict[int, np.ndarray] = {}
 
   def __call__(self, numbers: np.ndarray) -> np.ndarray:
     """Returns int32 indices for the given int64 numbers."""
@@ -31,14 +27,16 @@ class Order:
     return out
 
   def _permutation(self, epoch: int) -> np.ndarray:
-    if epoch not in self._epochs:
-      while len(self._epochs) >= 2:  # a batch touches two epochs at the edge
-        self._epochs.popitem(last=False)
-      # RandomState, because NumPy promises that its stream never changes.
-      bits = np.random.MT19937(np.random.SeedSequence((self._seed, epoch)))
-      random = np.random.RandomState(bits)
-      self._epochs[epoch] = random.permutation(self._size).astype(np.int32)
-    return self._epochs[epoch]
+    known = self._epochs
+    if epoch in known:
+      return known[epoch]
+    # RandomState, because NumPy promises that its stream never changes.
+    bits = np.random.MT19937(np.random.SeedSequence((self._seed, epoch)))
+    order = np.random.RandomState(bits).permutation(self._size).astype(np.int32)
+    # Two are kept, because a batch touches two epochs at the edge. A new dict
+    # takes the old one's place in one step: loader threads share this object.
+    self._epochs = dict([*known.items(), (epoch, order)][-2:])
+    return order
 
 
 def numbers_of(step: int, batch: int, rows: slice) -> np.ndarray:

@@ -216,8 +216,11 @@ class ViT(nn.Module):
     x = Encoder(o, self.ops, name='encoder')(x, train)
     x = x[:, 0] if o.pool == 'token' else x.mean(axis=1)  # [b, d]
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
-    head = SiteDense((o.num_classes,), self.ops, dtype=o.dtype, name='head')
-    return head(x).astype(jnp.float32)
+    head = SiteDense(
+      (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
+      name='head',
+    )  # fmt: skip
+    return head(x)
 
 
 def resolve_shape(model) -> dict[str, int]:
@@ -233,7 +236,7 @@ def resolve_shape(model) -> dict[str, int]:
   )  # fmt: skip
   if model.size:
     name, _, patch = model.size.partition('/')
-    if name not in SIZES or not patch.isdigit() or int(patch) < 1:
+    if name not in SIZES or not patch.isdecimal() or int(patch) < 1:
       raise ConfigError(
         f'model.size={model.size!r} is unknown; allowed: '
         f'{", ".join(SIZES)} with a patch, such as L/16, or an empty size '

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qvit_jax import rules as rules_lib
 from qvit_jax.errors import QuantError
@@ -18,7 +19,7 @@ from qvit_jax.ops import Site
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32
 GRANULARITIES = ('per_token', 'per_tensor')
-_SPEC = re.compile(r'^(?:w(\d+))?(?:a(\d+))?$')
+_SPEC = re.compile(r'(?:w(\d+))?(?:a(\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,13 @@ class QuantSpec:
     return text or 'float'
 
 
-def parse_spec(text: str, *, field: str) -> QuantSpec:
+def parse_spec(text: Any, *, field: str) -> QuantSpec:
   """Returns the spec that 'w4a4', 'w8', 'a8' or 'float' stands for.
 
   Raises:
     QuantError: Anything else, or bits outside 2 to 8.
   """
-  found = _SPEC.match(text) if isinstance(text, str) else None
+  found = _SPEC.fullmatch(text) if isinstance(text, str) else None
   if text == 'float':
     return QuantSpec()
   if not text or not found:
@@ -171,7 +172,7 @@ def resolve(
   *,
   default: str,
   attention: str = 'float',
-  rules: Sequence[tuple[str, str]] = (),
+  rules: Sequence[Any] = (),
   act_granularity: str = 'per_token',
 ) -> QuantPlan:
   """Returns the plan that the fields of `config.quant` make of the sites.
@@ -189,7 +190,7 @@ def resolve(
     )
   is_layer = {site.path: site.is_layer for site in sites}
 
-  def applies(path: str, text: str) -> bool:
+  def applies(path: str, text: Any) -> bool:
     spec = parse_spec(text, field='quant.rules')
     return is_layer[path] or not spec.weights
 
