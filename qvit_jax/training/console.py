@@ -63,7 +63,7 @@ class Console:
       rate = (done - self._first) * self._batch / seconds
       self._bar.update(
           self._task, completed=done,
-          numbers=f'{rate:.0f} images/s  loss {loss:.4f}  top1 {top1:.3f}',
+          numbers=f'{rate:.4g} images/s  loss {loss:.4f}  top1 {top1:.3f}',
       )  # fmt: skip
 
   def log(self, scalars: dict[str, float]) -> None:
@@ -77,7 +77,7 @@ class Console:
       f'step {self._done}/{self._total}  loss {scalars["loss"]:.4f}  '
       f'top1 {scalars["top1"]:.4f}  lr {scalars["lr"]:.2e}  '
       f'grad norm {scalars["grad_norm"]:.3f}  '
-      f'{scalars["images_per_second"]:.0f} images/s  ETA {left}'
+      f'{scalars["images_per_second"]:.4g} images/s  ETA {left}'
     )
 
 

@@ -246,7 +246,7 @@ class Trainer:
     self._console.line(
       f'evaluation at step {self._done}: '
       + '  '.join(f'{name} {metrics[name]:.4f}' for name in names)
-      + f'  ({metrics["num_examples"]} images, {rate:.0f} images/s)'
+      + f'  ({metrics["num_examples"]} images, {rate:.4g} images/s)'
     )
 
   def _kernels(self) -> dict[str, np.ndarray]:
