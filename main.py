@@ -16,10 +16,12 @@ signal after saving (run the same command again).
 
 import errno
 import importlib.util
+import logging as py_logging
 import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 
 _MODES = ('train', 'eval', 'sites', 'benchmark')
@@ -98,12 +100,18 @@ def _load(path: str):
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    return module.get_config()
+    config = module.get_config()
   except Exception as error:  # noqa: BLE001 - a config is the user's own code
     raise ConfigError(
       f'--config={path} cannot be read: {type(error).__name__}: '
       f'{" ".join(str(error).split())}; mend it, configs/common.py shows how'
     ) from error
+  if not hasattr(config, 'to_dict'):
+    raise ConfigError(
+      f'get_config() of --config={path} returns {type(config).__name__}, not a '
+      'ConfigDict; start from configs.common.get_config()'
+    )
+  return config
 
 
 def main(argv: list[str]) -> int:
@@ -131,9 +139,16 @@ def main(argv: list[str]) -> int:
   except Preempted as stop:
     print(f'{stop}. Go on with: {command}', flush=True)
     return _STOPPED
+  except KeyboardInterrupt:
+    print(f'stopped; go on with: {command}', flush=True)
+    return _STOPPED
   except QvitError as error:
     if '--debug' in argv:
       raise
+    # Threads of orbax that fail later would bury the one line.
+    logging.set_verbosity(logging.FATAL)
+    logging.get_absl_logger().setLevel('CRITICAL')
+    py_logging.getLogger('asyncio').setLevel('CRITICAL')
     print(f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
     return 2
   except OSError as error:
@@ -149,4 +164,7 @@ if __name__ == '__main__':
   # TensorFlow only writes TensorBoard files here: no chatter, no oneDNN.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  # Before and after the training loop, which has handlers of its own.
+  for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.default_int_handler)
   sys.exit(main(sys.argv))

@@ -12,7 +12,7 @@ import ml_collections
 def get_config():
   """Returns the defaults of all sections."""
   c = ml_collections.ConfigDict()
-  c.seed = 0  # Of init, data order, augmentation and dropout; integer >= 0.
+  c.seed = 0  # Of init, data order, augmentation and dropout; 0 to 2**32 - 1.
 
   c.model = ml_collections.ConfigDict(
     dict(

@@ -52,7 +52,7 @@ _ZERO_UP = _number(0)
 _BELOW_ONE = _number(0, 1)
 
 LEGAL: dict[str, _Check] = {
-  'seed': _ZERO_UP,
+  'seed': _number(0, 2**32),
   'model.name': _one_of('vit'),
   'model.size': _ANY,
   'model.patch': _ONE_UP,
@@ -230,9 +230,9 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
   for name, value in flat.items():
     if name not in LEGAL:
       raise ConfigError(
-          f'unknown field {name}; the nearest is {nearest(name, config)}'
-          if len(LEGAL) != len(flat) else f'unknown field {name}'
-      )  # fmt: skip
+        f'the config has an unknown field {name}; the nearest is '
+        f'{difflib.get_close_matches(name, LEGAL, n=1, cutoff=0.0)[0]}'
+      )
     holds, legal = LEGAL[name]
     if not _holds(holds, value):
       raise ConfigError(

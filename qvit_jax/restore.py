@@ -79,8 +79,10 @@ def restore_variables(
   return variables, f'step {step} of {stored.directory.parent}'
 
 
-def _find(path: str) -> tuple[checkpoint.Checkpoints, int]:
-  directory, step = checkpoint.find_step(path)
+def _find(
+  path: str, *, field: str = 'checkpoint.path'
+) -> tuple[checkpoint.Checkpoints, int]:
+  directory, step = checkpoint.find_step(path, field=field)
   stored = checkpoint.Checkpoints(directory, writer=False)
   return stored, stored.best() if step is None else step
 
@@ -158,7 +160,7 @@ def _import_weights(
 
   A head for another class count is left out, so that it starts fresh.
   """
-  stored, step = _find(path)
+  stored, step = _find(path, field='weights.path')
   arrays = stored.metadata(step)['arrays']
   item = 'ema' if 'ema' in arrays else 'variables'
   saved = stored.saved_shapes(step, item, experiment.whole_sharding)
@@ -178,8 +180,9 @@ def _import_weights(
   lines = tree.differences(compared(wanted), compared(found))
   if lines:
     raise WeightsError(
-      f'weights.path={path!r} does not fit the model: {"; ".join(lines)}; '
-      'give model.* the values of that run, or choose other weights'
+      f'weights.path={path!r} does not fit the model in '
+      f'{len(lines)} places: {"; ".join(lines[:4])}; give model.* the values '
+      'of that run, or choose other weights'
     )
   restored = tree.flatten(stored.restore(step, {item: saved})[item])
   taken = {name: restored[name] for name in wanted if name not in fresh}

@@ -1,15 +1,19 @@
 """Test set-up: CPU only, and fixtures shared by several files."""
 
 import os
-
-# Before JAX is imported anywhere.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
+
+# Before JAX is imported anywhere. The compiled programs of a session are kept
+# for the processes and tests that need the same ones again.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp())
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'

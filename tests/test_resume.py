@@ -310,7 +310,9 @@ def test_kill_at_ten_random_moments(undisturbed, tmp_path):
     latest = Checkpoints(tmp_path / 'checkpoints', writer=False).latest() or 0
     logged = rows(tmp_path)[-1]['step']
     assert latest >= before
-    assert logged - latest <= 20 + 10  # an interval, and a line being written
+    # The newest save may still be on its way to the disk: one interval for
+    # it, one for the next, and a line of metrics.
+    assert logged - latest <= 2 * 20 + 10
     before = latest
   done = run_main(*FLAGS, f'--workdir={tmp_path}')
   assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ def open_builder(name: str, data_dir: str):
   directory = data_dir or None
   try:
     builder = tfds.builder(name, data_dir=directory)
-  except tfds.core.DatasetNotFoundError as error:
+  except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
     raise DataError(
       f'data.name={name!r} is no TFDS data set; set --config.data.name to a '
       "name that TFDS knows, such as 'cifar100'"

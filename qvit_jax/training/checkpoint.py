@@ -10,6 +10,7 @@ type. So the metadata lists shape, type and a content digest of every array,
 and the config and plan; all are compared before a value is used.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -25,6 +26,8 @@ from qvit_jax.errors import CheckpointError
 from qvit_jax.training.digest import digests
 
 FORMAT = 1
+# What a step takes beside its arrays: metadata, indices, empty space.
+_OVERHEAD_BYTES = 2**19
 _ASIDE = '.replaced'
 _TEMPORARY = '.orbax-checkpoint-tmp'  # orbax's own mark
 
@@ -34,11 +37,14 @@ def _seal(body: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def find_step(path: str) -> tuple[pathlib.Path, int | None]:
+def find_step(
+  path: str, *, field: str = 'checkpoint.path'
+) -> tuple[pathlib.Path, int | None]:
   """Returns (checkpoints directory, step or None) that a user's path means.
 
   Args:
     path: A workdir, its `checkpoints` directory, or one step in it.
+    field: The config field that holds the path, for messages.
 
   Raises:
     CheckpointError: There is no such directory.
@@ -46,7 +52,7 @@ def find_step(path: str) -> tuple[pathlib.Path, int | None]:
   place = pathlib.Path(path).absolute()
   if not place.is_dir():
     raise CheckpointError(
-      f'checkpoint.path={path!r} is no directory; give the workdir of a run '
+      f'{field}={path!r} is no directory; give the workdir of a run '
       'or WORKDIR/checkpoints/STEP'
     )
   if place.name.isdigit() and place.parent.name == 'checkpoints':
@@ -114,6 +120,8 @@ class Checkpoints:
       raise self._damaged(step, f'{path}: {_first_line(error)}') from error
     if not sound:
       raise self._damaged(step, f'{path} does not match its own digest')
+    if body.get('step', step) != step:
+      raise self._damaged(step, f'it holds step {body["step"]}')
     if body['format'] > FORMAT:
       raise CheckpointError(
         f'{path.parents[1]} has format {body["format"]}, this version reads '
@@ -275,7 +283,7 @@ class Checkpoints:
 
   def _check_space(self, items: dict[str, Any]) -> None:
     """Asks the disk first: orbax waits for minutes where it cannot write."""
-    needed = tree.num_bytes(items)
+    needed = tree.num_bytes(items) + _OVERHEAD_BYTES
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       probe = self.directory / f'.probe{jax.process_index()}'
@@ -298,12 +306,14 @@ class Checkpoints:
     try:
       return action()
     except OSError as error:
+      self._bring_back(step)
       if step is None:
         raise CheckpointError(
           files.cannot_write(self.directory, error)
         ) from error
       raise self._damaged(step, _first_line(error)) from error
     except Exception as error:  # noqa: BLE001 - TensorStore raises bare ones
+      self._bring_back(step)
       if step is None:
         raise CheckpointError(
           f'{self.directory} could not be {verb} ({_first_line(error)}); '
@@ -311,6 +321,12 @@ class Checkpoints:
           'same command again'
         ) from error
       raise self._damaged(step, _first_line(error)) from error
+
+  def _bring_back(self, read_step: int | None) -> None:
+    """After a failed write: a step that was to be replaced comes back."""
+    if read_step is None and jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        self._clear()
 
   def _damaged(self, step: int, what: str) -> CheckpointError:
     others = [s for s in self.steps() if s != step]

@@ -141,6 +141,8 @@ class Trainer:
       if stop:
         self._stop()
       if self._is_stale():
+        if self._saved != self._done:
+          self._save()
         self._console.line(
           f'stopped early at step {self._done}: no better top1 in '
           f'{self.progress.stale} evaluations (train.patience)'
@@ -150,7 +152,7 @@ class Trainer:
   def _maintain(self) -> None:
     """Evaluates and saves if this step is one for it."""
     every = self.parts.config.checkpoint.every
-    last = self._done == self.parts.total_steps
+    last = self._done >= self.parts.total_steps
     evaluate = self._done and (last or self._done % self._eval_every == 0)
     evaluate = evaluate and self.progress.evaluated_step != self._done
     is_new_best = evaluate and self._evaluate()

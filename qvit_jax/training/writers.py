@@ -25,11 +25,11 @@ class JsonlWriter:
     """
     kept = []
     if path.exists():
-      for line in path.read_text(encoding='utf-8').splitlines():
+      for line in path.read_text('utf-8', 'replace').splitlines():
         try:
           if json.loads(line)['step'] <= resume_step:
             kept.append(line + '\n')
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
           continue  # the line that was being written when the run was killed
     temporary = path.with_name(f'.{path.name}')
     temporary.write_text(''.join(kept), encoding='utf-8')
