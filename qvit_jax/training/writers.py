@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qvit_jax.errors import ConfigError
+
 
 class JsonlWriter:
   """Appends one JSON object a line: the source of truth of a run."""
@@ -78,9 +80,22 @@ class Writers:
 
     def forward(*args, **kwargs):
       for writer in self._writers:
-        getattr(writer, name)(*args, **kwargs)
+        try:
+          getattr(writer, name)(*args, **kwargs)
+        except Exception as error:
+          _raise_if_from_tensorflow(error)
+          raise
 
     return forward
+
+
+def _raise_if_from_tensorflow(error: Exception) -> None:
+  """Raises a ConfigError for an error of TensorFlow's file system."""
+  if type(error).__module__.startswith('tensorflow'):
+    raise ConfigError(
+      f'TensorBoard events cannot be written ({str(error).splitlines()[0]}); '
+      'free some space or set --config.log.tensorboard=false'
+    ) from error
 
 
 def open_writers(
@@ -100,7 +115,12 @@ def open_writers(
       f'metrics.jsonl; no TensorBoard events, {error.name} is not installed'
     )
   tf.config.set_visible_devices([], 'GPU')  # or TensorFlow takes its memory
-  writers.append(summary_writer.SummaryWriter(str(workdir / 'tensorboard')))
+  try:
+    events = summary_writer.SummaryWriter(str(workdir / 'tensorboard'))
+  except Exception as error:
+    _raise_if_from_tensorflow(error)
+    raise
+  writers.append(events)
   return Writers(writers), 'metrics.jsonl, tensorboard/'
 
 
