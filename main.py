@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == '__main__':
   # TensorFlow only writes TensorBoard files here: no chatter, no oneDNN.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   # Before and after the training loop, which has handlers of its own.
   for number in (signal.SIGTERM, signal.SIGUSR1):
