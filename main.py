@@ -101,7 +101,7 @@ def _load(path: str):
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
-  except Exception as error:  # noqa: BLE001 - a config is the user's own code
+  except (Exception, SystemExit) as error:  # noqa: BLE001 - user code
     raise ConfigError(
       f'--config={path} cannot be read: {type(error).__name__}: '
       f'{" ".join(str(error).split())}; mend it, configs/common.py shows how'

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,23 @@ def cifar_dir():
   if not (pathlib.Path(folder) / 'cifar100').is_dir():
     pytest.skip('CIFAR-100 is not prepared; set TFDS_DATA_DIR')
   return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A 2 MB disk of its own; skips where mounting is not permitted."""
+  place = tmp_path / 'disk'
+  place.mkdir()
+  if os.geteuid() or os.system(f'mount -t tmpfs -o size=2m tmpfs {place}'):
+    pytest.skip('mounting a small disk needs root')
+  yield place
+  os.system(f'umount -l {place}')
+
+
+def fill(disk, leave):
+  """Fills a disk until only `leave` bytes are free."""
+  free = shutil.disk_usage(disk).free
+  (disk / 'filler').write_bytes(b'x' * (free - leave))
 
 
 def run_main(*flags, env=None, timeout=600):

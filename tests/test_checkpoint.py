@@ -15,6 +15,7 @@ import pytest
 from qvit_jax.errors import CheckpointError
 from qvit_jax.training import digest
 from qvit_jax.training.checkpoint import Checkpoints, find_step
+from tests.conftest import fill
 
 
 def mix(x):
@@ -254,17 +255,6 @@ def test_a_path_means_a_workdir_or_a_step(saved):
     find_step(str(folder / 'nothing'))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A 2 MB disk of its own; skips where mounting is not permitted."""
-  place = tmp_path / 'disk'
-  place.mkdir()
-  if os.geteuid() or os.system(f'mount -t tmpfs -o size=2m tmpfs {place}'):
-    pytest.skip('mounting a small disk needs root')
-  yield place
-  os.system(f'umount -l {place}')
-
-
 def test_a_full_disk_keeps_the_former_checkpoint(small_disk):
   save(small_disk / 'checkpoints')
   filler = small_disk / 'filler'
@@ -292,3 +282,13 @@ def test_a_read_only_disk_is_said_in_one_line(small_disk):
     pathlib.Path(small_disk) / 'checkpoints', writer=False
   )
   checkpoints.restore(3, shapes_of(state()))
+
+
+def test_a_step_that_could_not_be_replaced_is_still_there(small_disk):
+  folder = small_disk / 'checkpoints'
+  items = {'variables': {str(i): jnp.ones((7, 7)) for i in range(40)}}
+  save(folder, 3, best=3, items=items)
+  fill(small_disk, leave=40 * 1024)
+  with pytest.raises(CheckpointError, match='free some space'):
+    save(folder, 3, best=3, items=items)
+  assert Checkpoints(folder, writer=False).steps() == [3]

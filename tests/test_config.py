@@ -158,3 +158,30 @@ def test_the_headline_is_vit_l_at_four_bits():
   assert {str(s) for s in model.plan.specs} == {'w4a4', 'float'}
   assert (config.optim.lr, config.train.batch_size) == (3e-4, 128)
   assert config.train.epochs == 300
+
+
+# For each kind of legal values one that is not.
+BAD = {
+  'True or False': 1,
+  'a tuple of names': (),
+  'three': (1.0, 2.0),
+  'a number from 0 to 1': 1.5,
+  'a number': -1.0,
+}
+
+
+@pytest.mark.parametrize(
+  'field', [name for name, (_, text) in config_lib.LEGAL.items() if text]
+)
+def test_every_legal_check_refuses_a_bad_value(field):
+  legal = config_lib.LEGAL[field][1]
+  bad = next((v for k, v in BAD.items() if legal.startswith(k)), 'nonsense')
+  config = common.get_config()
+  section, _, name = field.rpartition('.')
+  node = config[section] if section else config
+  with node.ignore_type():
+    node[name] = bad
+  with pytest.raises(ConfigError) as error:
+    validate(config)
+  for part in (f'{field}={bad!r}', legal):
+    assert part in str(error.value)

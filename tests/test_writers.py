@@ -7,6 +7,7 @@ import pytest
 
 from qvit_jax import modes
 from qvit_jax.training import writers
+from tests.conftest import TINY, fill, run_main
 
 
 def read_rows(workdir):
@@ -87,3 +88,23 @@ def test_tensorboard_holds_confusion_and_weights(events):
   assert 'eval/confusion' in tags
   assert 'params/encoder/block_00/attn/query/kernel' in tags
   assert 'params/head/kernel' in tags
+
+
+@pytest.mark.parametrize('line', [b'\xff\xfe{"step"', b'{"step": "3"}', b'7'])
+def test_garbage_in_metrics_jsonl_is_dropped(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 2, "split": "train", "loss": 1}\n' + line)
+  writers.JsonlWriter(path, resume_step=4).close()
+  assert [json.loads(x)['step'] for x in path.read_text().splitlines()] == [2]
+
+
+def test_a_full_disk_under_tensorboard_is_said(small_disk):
+  fill(small_disk, leave=8 * 1024)
+  done = run_main(
+    *TINY, '--config.train.steps=3', '--config.log.tensorboard=true',
+    f'--workdir={small_disk / "run"}',
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  # TensorFlow's C++ prints lines of its own before ours.
+  assert 'free some space' in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr

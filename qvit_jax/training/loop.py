@@ -132,6 +132,8 @@ class Trainer:
       self.state, tick = step(self.state, batch)
       self._done += 1
       self._pending.append((self._done, tick))
+      if self._saved == self._done - 1:
+        self._finish_saving()
       while len(self._pending) >= self._max_in_flight:
         self._read_tick()
       if self._is_log_step(self._done):
@@ -282,6 +284,13 @@ class Trainer:
       best_step=self.progress.best_step,
     )
     self._saved = self._done
+    self._clock += time.monotonic() - started
+
+  def _finish_saving(self) -> None:
+    # One update runs while a checkpoint is written, not more: a kill costs no
+    # more than what came after the newest one, which is one interval.
+    started = time.monotonic()
+    self._checkpoints.wait()
     self._clock += time.monotonic() - started
 
   def _stop(self) -> None:
