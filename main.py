@@ -8,6 +8,7 @@ Modes:
   eval       evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)
   sites      print every quantizable product with its bits; needs no workdir
   benchmark  time the model beside its float twin
+  export     write the weights in the layout of timm, transformers, torchvision
 
 Every field of a config is explained in configs/common.py. --debug prints the
 traceback of an error. Exit codes: 0 done, 2 wrong input, 75 stopped by a
@@ -24,7 +25,7 @@ import shlex
 import signal
 import sys
 
-_MODES = ('train', 'eval', 'sites', 'benchmark')
+_MODES = ('train', 'eval', 'sites', 'benchmark', 'export')
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
 

@@ -27,7 +27,12 @@ def get_config():
       mlp_dim=768,  # Hidden channels of the MLP; >= 1.
       image_size=224,  # Side of the square input in pixels; >= 1.
       num_classes=1000,  # Outputs of the head; >= 2.
-      pool='token',  # 'token' (class token) | 'mean' (of all tokens)
+      # What the head sees: 'token' (class token) | 'mean' (of the patches;
+      # no class token) | 'token_mean' (both, side by side, as DINOv2).
+      pool='token',
+      # Tokens after the class token that no patch fills: registers, or the
+      # distillation token of DeiT; >= 0.
+      registers=0,
       layer_scale=0.0,  # Initial value of LayerScale; 0 = none.
       qk_norm=False,  # LayerNorm on queries and keys of each head.
       norm_eps=1e-6,  # Epsilon of every LayerNorm; > 0.
@@ -61,9 +66,14 @@ def get_config():
 
   c.weights = ml_collections.ConfigDict(
     dict(
-      # Workdir of another run of ours to start from; '' = from scratch.
-      # A head of another class count is replaced by a fresh one.
+      # What to start from: a .safetensors, .pth, .bin or .npz file, a folder
+      # as on the Hugging Face hub, hf://OWNER/NAME[@REVISION], or the workdir
+      # of another run; '' = from scratch. A head of another class count is
+      # replaced by a fresh one.
       path='',
+      # False: where the hub cannot be reached and its cache is empty, say so
+      # and start from random weights. A path on the command line is required.
+      required=True,
     )
   )
 
@@ -136,6 +146,15 @@ def get_config():
       # evaluates and what a new `train` run starts from. '' = own workdir.
       path='',
       every=0,  # Updates between saves; 0 = at each evaluation.
+    )
+  )
+
+  c.export = ml_collections.ConfigDict(
+    dict(
+      format='safetensors',  # 'safetensors' | 'npz'
+      # Whose names and axes: 'timm' | 'timm_distilled' | 'dinov2' | 'hf' |
+      # 'hf_deit' | 'hf_dinov2' | 'torchvision' | 'google'
+      layout='timm',
     )
   )
 

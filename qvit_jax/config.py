@@ -62,7 +62,8 @@ LEGAL: dict[str, _Check] = {
   'model.mlp_dim': _ONE_UP,
   'model.image_size': _ONE_UP,
   'model.num_classes': _number(2),
-  'model.pool': _one_of('token', 'mean'),
+  'model.pool': _one_of('token', 'mean', 'token_mean'),
+  'model.registers': _ZERO_UP,
   'model.layer_scale': _ZERO_UP,
   'model.qk_norm': _BOOL,
   'model.norm_eps': _number(0, open_low=True),
@@ -79,6 +80,7 @@ LEGAL: dict[str, _Check] = {
   'quant.rules': _ANY,
   'quant.act_granularity': _one_of('per_token', 'per_tensor'),
   'weights.path': _ANY,
+  'weights.required': _BOOL,
   'data.source': _one_of('digits', 'tfds'),
   'data.name': _ANY,
   'data.dir': _ANY,
@@ -120,6 +122,17 @@ LEGAL: dict[str, _Check] = {
   'eval.every': _ZERO_UP,
   'checkpoint.path': _ANY,
   'checkpoint.every': _ZERO_UP,
+  'export.format': _one_of('safetensors', 'npz'),
+  'export.layout': _one_of(
+    'timm',
+    'timm_distilled',
+    'dinov2',
+    'hf',
+    'hf_deit',
+    'hf_dinov2',
+    'torchvision',
+    'google',
+  ),
   'mesh.data': _ZERO_UP,
   'mesh.fsdp': _ONE_UP,
   'mesh.tensor': _ONE_UP,
@@ -169,6 +182,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'optim.warmup_steps is set; add --config.optim.warmup_steps=0',
     ),
     (
+        ('weights.required',),
+        lambda c: c.weights.path,
+        'weights.path is empty; set --config.weights.path=',
+    ),
+    (
         ('train.epochs',),
         lambda c: c.train.steps == 0,
         'train.steps is set; add --config.train.steps=0',
@@ -177,11 +195,12 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 # Sections that a mode does not read; a flag for one of them is mentioned.
 UNUSED = {
-    'train': (),
-    'eval': ('optim', 'train', 'weights'),
+    'train': ('export',),
+    'eval': ('optim', 'train', 'export'),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
-              'mesh', 'log', 'seed'),
-    'benchmark': ('weights', 'checkpoint', 'log'),
+              'mesh', 'log', 'seed', 'export'),
+    'benchmark': ('weights', 'checkpoint', 'log', 'export'),
+    'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed'),
 }  # fmt: skip
 
 

@@ -30,7 +30,11 @@ class CheckpointError(QvitError):
 
 
 class WeightsError(QvitError):
-  """Foreign weights do not fit the model."""
+  """Foreign weights are unsafe, damaged, or do not fit the model."""
+
+
+class ExportError(QvitError):
+  """A model cannot be written in the form asked for."""
 
 
 class DivergedError(QvitError):

@@ -160,20 +160,32 @@ class Experiment:
     make = jax.jit(self._make_state, out_shardings=self.state_shardings)
     return make(variables)
 
+  def _fresh(self, key: jax.Array, imported: dict[str, Any]) -> dict[str, Any]:
+    size = self.config.model.image_size
+    images = jnp.zeros((1, size, size, 3), jnp.float32)
+    variables = self.model.init(key, images)
+    return tree.unflatten({**tree.flatten(variables), **imported}, variables)
+
+  def fresh_variables(
+    self, key: jax.Array, imported: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Returns random variables, some replaced by path."""
+    shardings, _ = self._shardings(self.model.shapes)
+    return jax.jit(self._fresh, out_shardings=shardings)(key, imported)
+
   def fresh_state(
-    self, key: jax.Array, imported: dict[str, jax.Array] | None = None
+    self, key: jax.Array, imported: dict[str, Any] | None = None
   ) -> TrainState:
     """Returns a state with random weights, some replaced by path."""
-    size = self.config.model.image_size
+    make = lambda key, imported: self._make_state(self._fresh(key, imported))
+    return jax.jit(make, out_shardings=self.state_shardings)(
+      key, imported or {}
+    )
 
-    def make(key, imported):
-      images = jnp.zeros((1, size, size, 3), jnp.float32)
-      variables = self.model.init(key, images)
-      merged = {**tree.flatten(variables), **imported}
-      return self._make_state(tree.unflatten(merged, variables))
-
-    jitted = jax.jit(make, out_shardings=self.state_shardings)
-    return jitted(key, imported or {})
+  def missing_parameters(self, imported: dict[str, Any]) -> set[str]:
+    """Returns the paths of parameters that `imported` does not hold."""
+    params = {'params': self.model.shapes['params']}
+    return set(tree.flatten(params)) - set(imported)
 
   def metadata(self) -> dict[str, Any]:
     """Returns what every checkpoint of this experiment says of itself."""

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from qvit_jax import benchmarks, files, restore, tree
+from qvit_jax import benchmarks, files, models, restore, tree, weights
 from qvit_jax import config as config_lib
-from qvit_jax.errors import DivergedError
+from qvit_jax.errors import DivergedError, ExportError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
 from qvit_jax.training import loop
@@ -43,7 +44,10 @@ def run(
     QvitError: The user's input is wrong.
     Preempted: A signal stopped the run after saving.
   """
+  overrides = list(overrides)
   notes = config_lib.validate(config, mode=mode, overrides=overrides)
+  if 'weights.path' in overrides and 'weights.required' not in overrides:
+    config.weights.required = True  # who names weights wants these
   if mode != 'sites':
     _join_processes()  # before anything asks JAX for its devices
   for note in notes:
@@ -175,19 +179,18 @@ def evaluate(config: Any, workdir: str) -> None:
   with _opened(workdir) as place:
     experiment = Experiment(config, training=False)
     _header('eval', experiment, place)
-    variables, origin = restore.restore_variables(
-      experiment, config.checkpoint.path or str(place), same_plan=True
-    )
-    say(f'start     {origin}, digests verified')
+    variables, origin = restore.start_of_eval(experiment, place)
+    for line in origin:
+      say(f'start     {line}')
     started = time.monotonic()
     metrics = experiment.make_evaluator()(variables)
     seconds = time.monotonic() - started
     if not math.isfinite(metrics['loss']):
       raise DivergedError(
-        f'the evaluation loss of {origin} is {metrics["loss"]}; evaluate '
+        f'the evaluation loss of {origin[0]} is {metrics["loss"]}; evaluate '
         'another checkpoint or train with a lower optim.lr'
       )
-    _write_results(experiment, place, metrics, origin.partition(' of ')[0])
+    _write_results(experiment, place, metrics, origin[0].partition(' of ')[0])
     say(
       '  '.join(
         f'{name} {metrics[name]:.6f}'
@@ -264,9 +267,59 @@ def benchmark(config: Any, workdir: str) -> None:
     say(f'results in {place / "benchmark.json"}')
 
 
+def export(config: Any, workdir: str) -> None:
+  """Writes the float parameters in the layout of another library."""
+  with _opened(workdir) as place:
+    model, kind = Model(config), config.export
+    say('mode      export')
+    say(f'model     {model.title}')
+    has_own = (place / 'checkpoints').is_dir()
+    path = config.checkpoint.path or (
+      str(place) if has_own else config.weights.path
+    )
+    if not path:
+      raise ExportError(
+        f'{place} holds no checkpoint to export; train there first, or set '
+        '--config.checkpoint.path= or --config.weights.path='
+      )
+    params, report = weights.read_weights(path, model.shapes['params'])
+    if report.reinitialised:
+      raise ExportError(
+        f'{path} brings no {", ".join(report.reinitialised)}: '
+        f'{next(iter(report.reinitialised.values()))}; train first or give '
+        'model.num_classes the value of these weights'
+      )
+    for line in report.lines():
+      say(f'start     {line}')
+    if config.quant.recipe != 'none':
+      say('note: the float parameters are written; this form knows no bits')
+    tensors = weights.translate(tree.nest(params), kind.layout)
+    target = place / 'export' / f'model.{kind.format}'
+    weights.save_weights(tensors, target, form=kind.format)
+    if kind.layout.startswith('hf'):
+      facts = models.architecture(config)
+      text = weights.hf_config(facts, kind.layout, config.model.num_classes)
+      files.write_text(target.with_name('config.json'), text)
+    again, _ = weights.read_weights(str(target), model.shapes['params'])
+    same = all(np.array_equal(again[n], params[n]) for n in params)
+    largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
+    size = target.stat().st_size
+    files.write_json(
+      target.with_name('parity.json'),
+      {'file': target.name, 'layout': kind.layout, 'tensors': len(tensors),
+       'bytes': size, 'reads_back_equal': same, 'largest_difference': largest},
+    )  # fmt: skip
+    read = 'bit for bit' if same else f'within {largest:.2g}'
+    say(
+      f'{len(tensors)} tensors, {size:,} bytes in {target} ({kind.layout} '
+      f'layout); reads back {read}'
+    )
+
+
 MODES: dict[str, Callable[[Any, str], None]] = {
   'train': train,
   'eval': evaluate,
   'sites': sites,
   'benchmark': benchmark,
+  'export': export,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from qvit_jax import config as config_lib
-from qvit_jax import models, tree
+from qvit_jax import files, models, weights
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment
 from qvit_jax.training import checkpoint
@@ -45,11 +45,19 @@ def initial_state(
     )
     state = experiment.state_of(variables)
     return state, Progress(), [f'starting from {origin}']
-  imported, origin = {}, 'starting from scratch (weights.path is not set)'
+  imported, lines = {}, ['starting from scratch (weights.path is not set)']
   if config.weights.path:
-    imported, origin = _import_weights(experiment, config.weights.path)
+    try:
+      imported, lines = import_weights(experiment, own.directory.parent)
+    except weights.HubUnreachableError as error:
+      if config.weights.required:
+        raise
+      lines = [
+        f'NOT PRETRAINED: {error}',
+        'starting from random weights, because weights.required is False',
+      ]
   state = experiment.fresh_state(jax.random.key(config.seed), imported)
-  return state, Progress(), [origin]
+  return state, Progress(), lines
 
 
 def restore_variables(
@@ -79,10 +87,8 @@ def restore_variables(
   return variables, f'step {step} of {stored.directory.parent}'
 
 
-def _find(
-  path: str, *, field: str = 'checkpoint.path'
-) -> tuple[checkpoint.Checkpoints, int]:
-  directory, step = checkpoint.find_step(path, field=field)
+def _find(path: str) -> tuple[checkpoint.Checkpoints, int]:
+  directory, step = checkpoint.find_step(path)
   stored = checkpoint.Checkpoints(directory, writer=False)
   return stored, stored.best() if step is None else step
 
@@ -94,6 +100,9 @@ def _resume(
   place = own.directory / str(step)
   _check_same(experiment, metadata, place, same_plan=True)
   there = config_lib.flatten(metadata['config'])
+  pinned = there.get('weights.path', '')
+  if pinned.startswith(f'{experiment.config.weights.path}@'):
+    experiment.config.weights.path = pinned  # of the commit it started from
   here = config_lib.flatten(config_lib.to_json(experiment.config))
   changed = [name for name in here if there.get(name) != here[name]]
   for name in _FIXED:
@@ -153,38 +162,81 @@ def _check_same(
     )
 
 
-def _import_weights(
-  experiment: Experiment, path: str
-) -> tuple[dict[str, jax.Array], str]:
-  """Returns {path: parameter} of another run of ours, and one line.
+def import_weights(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns {path: parameter} of `weights.path` and the lines of its report.
 
-  A head for another class count is left out, so that it starts fresh.
+  The report is written to WORKDIR/weights.json. An address on the hub is
+  pinned to its commit in the config.
+
+  Raises:
+    WeightsError: The weights are unsafe or do not fit the model.
   """
-  stored, step = _find(path, field='weights.path')
-  arrays = stored.metadata(step)['arrays']
-  item = 'ema' if 'ema' in arrays else 'variables'
-  saved = stored.saved_shapes(step, item, experiment.whole_sharding)
-  found = {n: tree.describe(x) for n, x in tree.flatten(saved).items()}
-  params = {'params': experiment.model.shapes['params']}
-  wanted = {n: tree.describe(x) for n, x in tree.flatten(params).items()}
-  fresh = [
-    name
-    for name in wanted
-    if name.startswith('params/head/') and found.get(name) != wanted[name]
-  ]
-  compared = lambda names: {
-    name: text
-    for name, text in names.items()
-    if name.startswith('params/') and name not in fresh
-  }
-  lines = tree.differences(compared(wanted), compared(found))
-  if lines:
+  config = experiment.config
+  local, config.weights.path = weights.resolve(config.weights.path)
+  taken, report = weights.read_weights(local, experiment.model.shapes['params'])
+  report.notes += _compare_facts(report, config)
+  if jax.process_index() == 0:
+    files.write_json(workdir / 'weights.json', report.to_json())
+  imported = {f'params/{name}': values for name, values in taken.items()}
+  return imported, report.lines()
+
+
+def _compare_facts(report: weights.Report, config: Any) -> list[str]:
+  """Returns a note for each thing that no tensor shows and that differs.
+
+  Raises:
+    WeightsError: The number of heads differs.
+  """
+  facts, model, notes = report.facts, config.model, []
+  heads = models.architecture(config)['heads']
+  if facts.get('heads', heads) != heads:
     raise WeightsError(
-      f'weights.path={path!r} does not fit the model in '
-      f'{len(lines)} places: {"; ".join(lines[:4])}; give model.* the values '
-      'of that run, or choose other weights'
+      f'weights {report.source} have {facts["heads"]} attention heads, the '
+      f'model {heads}; set --config.model.heads={facts["heads"]} (with '
+      '--config.model.size= and the other numbers) or choose other weights'
     )
-  restored = tree.flatten(stored.restore(step, {item: saved})[item])
-  taken = {name: restored[name] for name in wanted if name not in fresh}
-  notice = f'; re-initialised: {", ".join(fresh)}' if fresh else ''
-  return taken, f'weights of step {step} of {stored.directory.parent}{notice}'
+  if 'heads' not in facts:
+    notes.append(f'the file does not tell its attention heads: {heads} assumed')
+  there, here = facts.get('norm_eps'), model.norm_eps
+  if there is not None and there != here:
+    notes.append(
+      f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal logits '
+      f'set --config.model.norm_eps={there:g}'
+    )
+  for name in ('mean', 'std'):
+    there, here = facts.get(name), list(config.data[name])
+    if there is not None and there != here:
+      notes.append(f'images had data.{name}={there} there, {here} here')
+  return notes
+
+
+def start_of_eval(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns the variables that `eval` evaluates, and lines that say whence.
+
+  In this order: `checkpoint.path`, the workdir's own best, `weights.path`.
+
+  Raises:
+    CheckpointError: There is none, or it is damaged or of another model.
+    WeightsError: `weights.path` does not fit, or brings no classifier.
+  """
+  config = experiment.config
+  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
+  if config.checkpoint.path or own.steps() or not config.weights.path:
+    variables, origin = restore_variables(
+      experiment, config.checkpoint.path or str(workdir), same_plan=True
+    )
+    return variables, [f'{origin}, digests verified']
+  imported, lines = import_weights(experiment, workdir)
+  fresh = sorted(experiment.missing_parameters(imported))
+  if fresh:
+    raise WeightsError(
+      f'weights.path={config.weights.path!r} brings no {", ".join(fresh)} for '
+      f'{config.model.num_classes} classes, so there is nothing to evaluate; '
+      'train first (--mode=train), or set --config.model.num_classes to theirs'
+    )
+  key = jax.random.key(config.seed)
+  return experiment.fresh_variables(key, imported), lines

@@ -21,13 +21,17 @@ ROWS = {
   'data': 4,
   'evaluation': 5,
   'training': 6,
+  'weights': 7,
   'experiment': 8,
   'restore': 9,
   'benchmarks': 9,
   'modes': 10,
 }
 # training does not know which model, recipe or data source it runs.
-HIDDEN = {'training': {'models', 'quantization', 'data'}}
+HIDDEN = {
+  'training': {'models', 'quantization', 'data'},
+  'weights': {'models', 'quantization', 'data', 'evaluation'},
+}
 # The only imports of ours inside a function: they cost a second each.
 LATE = {('data/__init__.py', 'qvit_jax.data.tfds_source')}
 # Heavy or dying packages and the one file that knows them.
@@ -37,6 +41,8 @@ OWNERS = {
   'tensorflow': 'training/writers.py',
   'clu': 'training/writers.py',
   'orbax': 'training/checkpoint.py',
+  'huggingface_hub': 'weights/hub.py',
+  'safetensors': 'weights/save.py',
 }
 
 

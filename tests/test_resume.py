@@ -13,7 +13,12 @@ import time
 import pytest
 
 from qvit_jax import modes
-from qvit_jax.errors import CheckpointError, DivergedError, Preempted
+from qvit_jax.errors import (
+  CheckpointError,
+  DivergedError,
+  Preempted,
+  WeightsError,
+)
 from qvit_jax.training import loop
 from qvit_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT, TINY, make_digits_config, run_main
@@ -241,10 +246,13 @@ def test_weights_of_another_class_count_get_a_fresh_head(tmp_path, capsys):
   config.weights.path = str(tmp_path / 'ten')
   modes.run('train', config, str(tmp_path / 'twelve'))
   out = capsys.readouterr().out
-  assert 're-initialised: params/head/bias, params/head/kernel' in out
+  assert 're-initialised: head/kernel, head/bias: 10 classes there, 12' in out
+  report = json.loads((tmp_path / 'twelve' / 'weights.json').read_text())
+  assert set(report['reinitialised']) == {'head/bias', 'head/kernel'}
+  assert len(report['matched']) == 22
   config.model.width = 32
   config.weights.path = str(tmp_path / 'ten')
-  with pytest.raises(Exception, match='does not fit the model'):
+  with pytest.raises(WeightsError, match='the width is 16 there, 32 here'):
     modes.run('train', config, str(tmp_path / 'other'))
 
 

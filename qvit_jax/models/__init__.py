@@ -54,6 +54,6 @@ def architecture(config) -> dict:
   model = config.model
   return MODELS[model.name].resolve_shape(model) | {
       name: model[name]
-      for name in ('name', 'image_size', 'num_classes', 'pool', 'qk_norm',
-                   'norm_eps')
+      for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
+                   'qk_norm', 'norm_eps')
   } | {'layer_scale': bool(model.layer_scale)}  # fmt: skip

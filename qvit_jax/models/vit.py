@@ -2,8 +2,9 @@
 
 Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words",
 arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
-arXiv:2103.17239. Query/key norm: Dehghani et al. 2023, arXiv:2302.05442.
-Stochastic depth: Huang et al. 2016, arXiv:1603.09382.
+arXiv:2103.17239. Registers: Darcet et al. 2023, arXiv:2309.16588. Query/key
+norm: Dehghani et al. 2023, arXiv:2302.05442. Stochastic depth: Huang et al.
+2016, arXiv:1603.09382.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ class Options:
   mlp_dim: int
   num_classes: int
   pool: str = 'token'
+  registers: int = 0
   layer_scale: float = 0.0
   qk_norm: bool = False
   norm_eps: float = 1e-6
@@ -193,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class ViT(nn.Module):
-  """Patches, class token and positions, encoder, head."""
+  """Patches, class token, registers and positions, encoder, head."""
 
   o: Options
   ops: Ops = Ops()
@@ -206,15 +208,27 @@ class ViT(nn.Module):
     o = self.o
     x = PatchEmbed(o, self.ops, name='patch_embed')(images)  # [b, n, d]
     init = nn.initializers.truncated_normal(0.02)
-    if o.pool == 'token':
-      cls = self.param('cls', init, (1, 1, o.width), jnp.float32)
-      cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, o.width))
-      x = jnp.concatenate([cls, x], axis=1)  # [b, 1 + n, d]
+    first = []
+    if o.pool != 'mean':
+      first.append(self.param('cls', init, (1, 1, o.width), jnp.float32))
+    if o.registers:
+      shape = (1, o.registers, o.width)
+      first.append(self.param('registers', init, shape, jnp.float32))
+    num_first = sum(tokens.shape[1] for tokens in first)
+    first = [
+      jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:]))
+      for t in first
+    ]
+    x = jnp.concatenate([*first, x], axis=1)  # [b, num_first + n, d]
     pos = self.param('pos_embed', init, (1, *x.shape[1:]), jnp.float32)
     x = x + pos.astype(x.dtype)
     x = nn.Dropout(o.embedding_dropout, deterministic=not train)(x)
     x = Encoder(o, self.ops, name='encoder')(x, train)
-    x = x[:, 0] if o.pool == 'token' else x.mean(axis=1)  # [b, d]
+    pools = {'token': x[:, 0], 'mean': x[:, num_first:].mean(axis=1)}
+    if o.pool == 'token_mean':
+      x = jnp.concatenate(list(pools.values()), axis=-1)  # [b, 2 d]
+    else:
+      x = pools[o.pool]  # [b, d]
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,

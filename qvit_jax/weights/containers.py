@@ -1,0 +1,200 @@
+"""Opens whatever a weights path names: a file or a folder. Row 7."""
+
+import pathlib
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+from qvit_jax.errors import WeightsError
+from qvit_jax.weights import npz_file, safetensors_file, torch_file, zip_file
+from qvit_jax.weights.entries import Entry, Source, parse_json, refuse
+
+_CONVERT = (
+  'open it where it was made and save it again as safetensors '
+  "(safetensors.torch.save_file(state_dict, 'model.safetensors'))"
+)
+_SINGLE = ('model.safetensors', 'pytorch_model.bin')
+_INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+_ENDINGS = ('.safetensors', '.npz', '.pth', '.pt', '.bin')
+_MAX_JSON = 8 * 2**20
+# What can come out of the standard library when a file is not what it claims.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError,
+    IndexError, TypeError, EOFError, OverflowError, NotImplementedError,
+    RecursionError, MemoryError, OSError,
+)  # fmt: skip
+
+
+def guarded(path: pathlib.Path, action):
+  """Returns action(); damage of the file becomes a WeightsError."""
+  try:
+    return action()
+  except _DAMAGE as error:
+    what = ' '.join(str(error).split())[:120] or type(error).__name__
+    refuse(path, f'it is damaged or truncated ({what})')
+
+
+def open_source(path: pathlib.Path) -> Source:
+  """Returns the tensors of a file, or of a folder as on the hub, unread.
+
+  Raises:
+    WeightsError: There is nothing, or nothing that is safe to read.
+  """
+  if path.is_dir():
+    return _open_folder(path)
+  if not path.is_file():
+    raise WeightsError(
+      f'weights.path={str(path)!r} does not exist; give a file '
+      f'({", ".join(_ENDINGS)}), a folder of the hub, the workdir of a run, or '
+      'hf://OWNER/NAME'
+    )
+  entries, container, notes = _open_file(path)
+  return Source(
+    entries, f'{path} ({container})', _facts(path.parent, path), notes
+  )
+
+
+def _open_file(path: pathlib.Path) -> tuple[dict[str, Entry], str, list[str]]:
+  container = guarded(path, lambda: _sniff(path))
+  notes: list[str] = []
+  if container == 'safetensors':
+    entries = guarded(path, lambda: safetensors_file.read(path))
+  elif container == 'npz':
+    entries = guarded(path, lambda: npz_file.read(path))
+  else:
+    entries, notes = guarded(path, lambda: torch_file.read(path))
+  if not entries:
+    refuse(path, 'it holds no tensor')
+  wrapped = {
+    name: Entry(e.shape, e.dtype, lambda e=e: guarded(path, e.read))
+    for name, e in entries.items()
+  }
+  return wrapped, container, notes
+
+
+def _sniff(path: pathlib.Path) -> str:
+  """Returns 'safetensors', 'npz' or 'PyTorch zip', by content."""
+  with open(path, 'rb') as file:
+    head = file.read(512)
+  text = head.lstrip().lower()
+  if not head:
+    refuse(path, 'the file is empty')
+  if text.startswith((b'<!doctype', b'<html', b'<?xml')):
+    refuse(path, 'it is a web page, probably of a failed download')
+  if head.startswith(b'version https://git-lfs'):
+    refuse(
+      path, 'it is a Git LFS pointer, not the file', 'run git lfs pull there'
+    )
+  if head.startswith(b'PK'):
+    names = zip_file.members(path)
+    if names and all(name.endswith('.npy') for name in names):
+      return 'npz'
+    return 'PyTorch zip'
+  if head[:1] == b'\x80' or head[257:262] == b'ustar':
+    refuse(path, 'it is a legacy PyTorch file (before 1.6) or a bare pickle',
+           _CONVERT)  # fmt: skip
+  if head.startswith(b'\x89HDF'):
+    refuse(path, 'it is an HDF5 file', _CONVERT)
+  if head[8:9] == b'{' or path.suffix == '.safetensors':
+    return 'safetensors'
+  refuse(path, f'it is none of {", ".join(_ENDINGS)}')
+
+
+def _open_folder(folder: pathlib.Path) -> Source:
+  found = [name for name in (*_SINGLE, *_INDEX) if (folder / name).is_file()]
+  if not found:
+    found = sorted(
+      p.name for p in folder.iterdir() if p.suffix in _ENDINGS and p.is_file()
+    )
+    if len(found) != 1:
+      here = f'it has {", ".join(found)}: name one' if found else 'none is here'
+      refuse(
+        folder,
+        f'a folder of weights holds {" or ".join((*_SINGLE, *_INDEX))}, or one '
+        f'weights file; {here}',
+        'give that file, or the workdir of one of our runs',
+      )
+  # Safetensors first, in whatever form; it needs no trust.
+  chosen = min(found, key=lambda name: 'safetensors' not in name)
+  path = folder / chosen
+  notes = [f'{name} is not read' for name in found if name != chosen]
+  if chosen in _INDEX:
+    entries, container, more = _open_shards(path)
+  else:
+    entries, container, more = _open_file(path)
+  return Source(
+    entries, f'{path} ({container})', _facts(folder, path), notes + more
+  )
+
+
+def _open_shards(index: pathlib.Path):
+  """Returns the tensors of all files that an index lists."""
+  listing = _json(index)
+  shards = listing.get('weight_map') if isinstance(listing, dict) else None
+  if not isinstance(shards, dict) or not all(
+    isinstance(name, str) for name in shards.values()
+  ):
+    refuse(index, 'it has no weight_map')
+  entries: dict[str, Entry] = {}
+  notes: list[str] = []
+  container = ''
+  for name in sorted(set(shards.values())):
+    if pathlib.PurePath(name).name != name:
+      refuse(index, f'it points outside its folder: {name[:80]!r}')
+    part = index.parent / name
+    if not part.is_file():
+      refuse(index, f'{name} is missing', 'fetch it into the same folder')
+    found, container, more = _open_file(part)
+    if twice := entries.keys() & found.keys():
+      refuse(index, f'{min(twice)!r} stands in two of its files')
+    entries |= found
+    notes += more
+  if entries.keys() != shards.keys():
+    other = min(entries.keys() ^ shards.keys())
+    refuse(index, f'it and its files disagree on {other!r}')
+  return entries, f'{container}, sharded', notes
+
+
+def _json(path: pathlib.Path) -> Any:
+  if path.stat().st_size > _MAX_JSON:
+    refuse(path, f'it is over {_MAX_JSON:,} bytes long')
+  return guarded(path, lambda: parse_json(path, path.read_bytes()))
+
+
+def _facts(folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
+  """Returns what config.json and preprocessor_config.json say, in our words."""
+  facts: dict[str, Any] = {}
+  if (folder / 'config.json').is_file():
+    config = _json(folder / 'config.json')
+    config = config if isinstance(config, dict) else {}
+    if 'hidden_act' in config and config['hidden_act'] != 'gelu':
+      refuse(
+        path,
+        f'its config.json says hidden_act={config["hidden_act"]!r}; only the '
+        "exact 'gelu' is supported",
+        'choose other weights',
+      )
+    names = {'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads',
+             'image_size': 'image_size', 'patch_size': 'patch'}  # fmt: skip
+    facts = {
+      ours: config[theirs]
+      for theirs, ours in names.items()
+      if isinstance(config.get(theirs), (int, float))
+    }
+    timm = config.get('pretrained_cfg')
+    if isinstance(timm, dict):
+      facts |= _channels(timm, 'mean', 'std')
+  if (folder / 'preprocessor_config.json').is_file():
+    config = _json(folder / 'preprocessor_config.json')
+    if isinstance(config, dict):
+      facts |= _channels(config, 'image_mean', 'image_std')
+  return facts
+
+
+def _channels(config: dict, *names: str) -> dict[str, Any]:
+  return {
+    ours: config[name]
+    for ours, name in zip(('mean', 'std'), names, strict=True)
+    if isinstance(config.get(name), list) and len(config[name]) == 3
+  }

@@ -1,0 +1,164 @@
+"""Recognises a layout by its names and translates shapes and axes. Row 7."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from qvit_jax.weights.layouts import LAYOUTS, KeyMap, Row
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How the axes of one of their tensors become ours, and back.
+
+  Attributes:
+    shape: Our shape -> the shape that their tensor must have.
+    forward: (their tensor, our shape) -> ours.
+    backward: ours -> theirs.
+  """
+
+  shape: Callable[[Shape], Shape]
+  forward: Callable[[np.ndarray, Shape], np.ndarray]
+  backward: Callable[[np.ndarray], np.ndarray]
+
+
+def _linear(in_dims: int) -> Kind:
+  """PyTorch's [out, in] to our [*in, *out]."""
+  return Kind(
+    shape=lambda s: (math.prod(s[in_dims:]), math.prod(s[:in_dims])),
+    forward=lambda x, s: x.T.reshape(s),
+    backward=lambda x: x.reshape(math.prod(x.shape[:in_dims]), -1).T,
+  )
+
+
+KINDS = {
+  'same': Kind(lambda s: s, lambda x, s: x.reshape(s), lambda x: x),
+  'vector': Kind(
+    lambda s: (math.prod(s),), lambda x, s: x.reshape(s), np.ravel
+  ),
+  'linear': _linear(1),
+  'linear_in2': _linear(2),
+  'conv': Kind(
+    lambda s: (s[3], s[2], s[0], s[1]),
+    lambda x, s: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+  ),
+}
+
+
+class Names:
+  """The tensor names of one file, read as one layout."""
+
+  def __init__(self, key: str, prefix: str, names: Iterable[str]):
+    """Sorts the names into those with rows, ignored and unknown ones."""
+    self.key, self.layout, self.prefix = key, LAYOUTS[key], prefix
+    self.rows: dict[str, list[tuple[Row, str]]] = {}  # file name -> (row, ours)
+    self.ignored: list[str] = []
+    self.pre_logits: list[str] = []
+    self.unknown: list[str] = []
+    self.depth = 0
+    by_template: dict[str, list[Row]] = {}
+    for row in self.layout.rows:
+      name = row.theirs.replace('~', prefix)
+      by_template.setdefault(name, []).append(row)
+    block = _block_start(self.layout).replace('~', prefix)
+    numbered = re.compile(re.escape(block) + r'(\d{1,3})(\D.*)')
+    for name in names:
+      template, number = self.layout.spell(name), 0
+      if found := numbered.fullmatch(template):
+        number, template = int(found[1]), f'{block}{{i}}{found[2]}'
+      if template in by_template:
+        self.rows[name] = [
+          (row, row.ours.format(i=f'{number:02d}'))
+          for row in by_template[template]
+        ]
+        if found:
+          self.depth = max(self.depth, number + 1)
+      elif re.search(self.layout.pre_logits, template):
+        self.pre_logits.append(name)
+      elif any(re.search(p, template) for p in self.layout.ignored):
+        self.ignored.append(name)
+      else:
+        self.unknown.append(name)
+
+  @property
+  def ours(self) -> dict[str, tuple[Row, str]]:
+    """Our path to (row, file name)."""
+    return {
+      ours: (row, name)
+      for name, rows in self.rows.items()
+      for row, ours in rows
+    }
+
+  @property
+  def score(self) -> float:
+    """Returns the share of names that the layout explains; 0 to 1."""
+    total = sum(map(len, (self.rows, self.ignored, self.pre_logits)))
+    return total / max(1, total + len(self.unknown))
+
+
+def _block_start(layout: KeyMap) -> str:
+  return next(
+    row.theirs.partition('{i}')[0] for row in layout.rows if '{i}' in row.theirs
+  )
+
+
+def recognise(names: list[str]) -> Names | None:
+  """Returns the names read as the layout that explains most of them, or None.
+
+  Equally good layouts agree on every name; the first in LAYOUTS is taken.
+  """
+  best = None
+  for key, layout in LAYOUTS.items():
+    for prefix in layout.prefixes:
+      read = Names(key, prefix, names)
+      if 'patch_embed/kernel' not in read.ours or read.score < 0.5:
+        continue
+      if best is None or read.score > best.score:
+        best = read
+  return best
+
+
+def nearest(names: list[str]) -> str:
+  """Returns the key of the layout whose tensor names are most like these."""
+  given = [re.sub(r'\d+', '0', name) for name in names[:50]]
+
+  def likeness(key):
+    theirs = {
+      row.theirs.replace('~', LAYOUTS[key].prefixes[0]).replace('{i}', '0')
+      for row in LAYOUTS[key].rows
+    }
+    return sum(
+      difflib.SequenceMatcher(None, name[:80], best[0]).ratio()
+      for name in given
+      if (best := difflib.get_close_matches(name[:80], theirs, 1, 0.3))
+    )
+
+  return max(LAYOUTS, key=likeness)
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+  """Returns names with runs of block numbers as one: 'blocks.{0-11}.norm1'."""
+  groups: dict[tuple[str, str], list[str]] = {}
+  plain = []
+  for name in names:
+    found = re.fullmatch(
+      r'(.*?(?:block|layer)[a-z_]*[._/]?)(\d{1,3})(\D.*)', name
+    )
+    if found:
+      groups.setdefault((found[1], found[3]), []).append(found[2])
+    else:
+      plain.append(name)
+  for (start, end), numbers in groups.items():
+    text = numbers[0]
+    if len(numbers) > 1:
+      values = [int(number) for number in numbers]
+      text = f'{{{min(values)}-{max(values)}}}'
+    plain.append(f'{start}{text}{end}')
+  return plain

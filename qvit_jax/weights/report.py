@@ -1,0 +1,62 @@
+"""What an import took, changed, left out and left behind. Row 7."""
+
+import dataclasses
+from typing import Any
+
+from qvit_jax.weights.keymap import collapse
+
+
+@dataclasses.dataclass
+class Report:
+  """Every tensor of the file and every parameter of the model, once.
+
+  Attributes:
+    source: Where the weights lie, and in which container.
+    layout: Whose names they have.
+    matched: Our parameters that were taken as they are.
+    adapted: Our parameter -> what was done to its tensor.
+    reinitialised: Our parameter -> why it starts fresh.
+    unused: Their tensors that the model has no use for.
+    missing: Our parameters without a tensor; never non-empty in a report that
+      `load_weights` returns, since that is an error.
+    mis_shaped: Our parameter -> 'their shape -> our shape', for those that were
+      adapted or re-initialised because of it.
+    notes: Whatever else a user should know.
+    facts: What a config beside the weights says, in our field names.
+  """
+
+  source: str
+  layout: str
+  matched: list[str] = dataclasses.field(default_factory=list)
+  adapted: dict[str, str] = dataclasses.field(default_factory=dict)
+  reinitialised: dict[str, str] = dataclasses.field(default_factory=dict)
+  unused: list[str] = dataclasses.field(default_factory=list)
+  missing: list[str] = dataclasses.field(default_factory=list)
+  mis_shaped: dict[str, str] = dataclasses.field(default_factory=dict)
+  notes: list[str] = dataclasses.field(default_factory=list)
+  facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def lines(self) -> list[str]:
+    """Returns the report for the terminal."""
+    taken = len(self.matched) + len(self.adapted)
+    total = taken + len(self.reinitialised)
+    lines = [f'weights of {self.source}, {self.layout} layout']
+    lines.append(
+      f'{taken} of {total} parameters taken, {len(self.matched)} of them as '
+      'they are'
+    )
+    lines += [f'adapted: {name}: {how}' for name, how in self.adapted.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, why in self.reinitialised.items():
+      reasons.setdefault(why, []).append(name)
+    lines += [
+      f're-initialised: {", ".join(names)}: {why}'
+      for why, names in reasons.items()
+    ]
+    if self.unused:
+      lines.append(f'unused: {", ".join(collapse(self.unused))}')
+    return lines + [f'note: {note}' for note in self.notes]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns it for weights.json."""
+    return dataclasses.asdict(self)
