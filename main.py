@@ -165,7 +165,8 @@ if __name__ == '__main__':
   # TensorFlow only writes TensorBoard files here: no chatter, no oneDNN.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-  # Before and after the training loop, which has handlers of its own.
-  for number in (signal.SIGTERM, signal.SIGUSR1):
+  # Before and after the training loop, which has handlers of its own. SIGINT
+  # too: a shell that starts us in the background tells us to ignore it.
+  for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, signal.default_int_handler)
   sys.exit(main(sys.argv))

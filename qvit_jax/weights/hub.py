@@ -45,12 +45,12 @@ def fetch(address: str) -> Fetched:
   name, revision = found.groups()
   try:
     import huggingface_hub
+    from huggingface_hub import errors
   except ImportError as error:
     raise WeightsError(
       f'weights.path={address!r} needs the package huggingface_hub; run pip '
       'install huggingface_hub, or download the files and give their folder'
     ) from error
-  errors = huggingface_hub.errors
   try:
     info = huggingface_hub.HfApi().model_info(
       name, revision=revision, timeout=_TIMEOUT
