@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qvit_jax import tree
-from qvit_jax.errors import WeightsError
+from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.training import checkpoint
 from qvit_jax.weights import adapt, hub
 from qvit_jax.weights.containers import open_source
@@ -96,14 +96,17 @@ def _is_own(place: pathlib.Path) -> bool:
 
 def _own_source(path: str) -> Source:
   """Returns the parameters that a run of ours evaluates: EMA if it has one."""
-  directory, step = checkpoint.find_step(path, field='weights.path')
-  stored = checkpoint.Checkpoints(directory, writer=False)
-  step = stored.best() if step is None else step
-  arrays = stored.metadata(step)['arrays']
-  item = 'ema' if 'ema' in arrays else 'variables'
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = stored.saved_shapes(step, item, device)
-  values = tree.flatten(stored.restore(step, {item: shapes})[item])
+  try:
+    directory, step = checkpoint.find_step(path, field='weights.path')
+    stored = checkpoint.Checkpoints(directory, writer=False)
+    step = stored.best() if step is None else step
+    metadata = stored.metadata(step)
+    item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = stored.saved_shapes(step, item, device)
+    values = tree.flatten(stored.restore(step, {item: shapes})[item])
+  except CheckpointError as error:
+    raise WeightsError(f'weights.path={path!r}: {error}') from error
   entries = {
     name.removeprefix('params/'): Entry(
       x.shape, np.dtype(x.dtype), lambda x=x: np.asarray(x)
@@ -111,7 +114,7 @@ def _own_source(path: str) -> Source:
     for name, x in values.items()
     if name.startswith('params/')
   }
-  known = stored.metadata(step)['architecture']
+  known = metadata['architecture']
   facts = {name: known[name] for name in ('heads', 'norm_eps', 'image_size')}
   return Source(entries, f'step {step} of {directory.parent}', facts)
 
@@ -318,7 +321,8 @@ class _Import:
         bad.append(theirs)
         continue
       for row, ours in rows:
-        taken[ours] = self._convert(row, ours, values)
+        # A copy, so that the tensor itself can go.
+        taken[ours] = np.ascontiguousarray(self._convert(row, ours, values))
     if bad:
       raise WeightsError(
         f'weights {self.source.title}: infinite or NaN values in '
@@ -328,11 +332,7 @@ class _Import:
       taken['pos_embed'] = self._positions(taken['pos_embed'])
     taken.pop('cls', None) if 'cls' not in self.wanted else None
     self.report.matched += [n for n in taken if n not in self.report.adapted]
-    return {
-      name: np.ascontiguousarray(taken[name])
-      for name in self.wanted
-      if name in taken
-    }
+    return {name: taken[name] for name in self.wanted if name in taken}
 
   def _convert(self, row: Row, ours: str, values: np.ndarray) -> np.ndarray:
     if row.part is not None:
