@@ -273,7 +273,7 @@ def export(config: Any, workdir: str) -> None:
     model, kind = Model(config), config.export
     say('mode      export')
     say(f'model     {model.title}')
-    has_own = (place / 'checkpoints').is_dir()
+    has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
     path = config.checkpoint.path or (
       str(place) if has_own else config.weights.path
     )
@@ -289,12 +289,23 @@ def export(config: Any, workdir: str) -> None:
         f'{next(iter(report.reinitialised.values()))}; train first or give '
         'model.num_classes the value of these weights'
       )
+    report.notes += restore.compare_facts(report, config)
     for line in report.lines():
       say(f'start     {line}')
+    if has_own and config.weights.path:
+      say('note: there is a checkpoint, so weights.path is not read')
+    there = report.facts.get('norm_eps', config.model.norm_eps)
+    if there != config.model.norm_eps:
+      raise ExportError(
+        f'{path} was trained with norm_eps={there:g}, the model here has '
+        f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
+      )
     if config.quant.recipe != 'none':
       say('note: the float parameters are written; this form knows no bits')
     tensors = weights.translate(tree.nest(params), kind.layout)
     target = place / 'export' / f'model.{kind.format}'
+    for old in (place / 'export').glob('*'):  # of another layout or format
+      old.unlink()
     weights.save_weights(tensors, target, form=kind.format)
     if kind.layout.startswith('hf'):
       facts = models.architecture(config)

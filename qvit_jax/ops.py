@@ -57,12 +57,45 @@ class Site:
     return self.kind in LAYER_KINDS
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Who writes to the residual stream and who reads from it, by path.
+
+  Attributes:
+    tokens: Parameters that lie in it: [..., d].
+    writers: Layers whose outputs are added to it, each with the LayerScale
+      that multiplies the output ('' where there is none).
+    readers: Norms, each with the layers that read its output.
+    values: (value, out) layers of each attention.
+    queries: (query, key) layers of each attention whose products may be turned
+      together; empty where a norm stands between.
+  """
+
+  tokens: tuple[str, ...]
+  writers: tuple[tuple[str, str], ...]
+  readers: tuple[tuple[str, tuple[str, ...]], ...]
+  values: tuple[tuple[str, str], ...]
+  queries: tuple[tuple[str, str], ...]
+
+
 @runtime_checkable
 class Core(Protocol):
-  """How one product is computed. Implementations are frozen and hashable."""
+  """How one product is computed. Implementations are frozen and hashable.
+
+  Attributes:
+    is_packed: Whether kernels lie in a collection of the core's instead of in
+      `params`; then layers declare none and hand over None.
+  """
+
+  is_packed: bool
 
   def __call__(
-    self, module: nn.Module, site: Site, lhs: Array, rhs: Array, dims: DotDims
+    self,
+    module: nn.Module,
+    site: Site,
+    lhs: Array,
+    rhs: Array | None,
+    dims: DotDims,
   ) -> Array:
     """Returns lhs . rhs by `dims` (lax.dot_general's), in float32.
 
@@ -105,6 +138,8 @@ dot_general.defvjp(_dot_forward, _dot_backward)
 class FloatCore:
   """Plain products in the compute dtype of the activations."""
 
+  is_packed = False
+
   def __call__(self, module, site, lhs, rhs, dims):
     """See `Core`."""
     del module, site
@@ -118,7 +153,7 @@ class Ops:
   core: Core = FloatCore()
   delta: Callable[[nn.Module, Site, Array], Array] | None = None
   rectify: Callable[[nn.Module, str, Array], Array] | None = None
-  tap: Callable[[nn.Module, Site, Array, Array], None] | None = None
+  tap: Callable[[nn.Module, Site, Array, Array | None], None] | None = None
 
 
 class SiteDense(nn.Module):
@@ -144,23 +179,26 @@ class SiteDense(nn.Module):
   def __call__(self, x: Float[Array, 'b ...']) -> Float[Array, 'b ...']:
     """Returns [b, ..., *features] in the compute dtype."""
     lead, inside = x.shape[: -self.in_dims], x.shape[-self.in_dims :]
-    kernel = self.param(
-      'kernel',
-      nn.initializers.truncated_normal(0.02),
-      inside + self.features,
-      jnp.float32,
-    )
+    matrix = math.prod(inside), math.prod(self.features)
+    w = None  # a packed core has its own
+    if not self.ops.core.is_packed:
+      kernel = self.param(
+        'kernel',
+        nn.initializers.truncated_normal(0.02),
+        inside + self.features,
+        jnp.float32,
+      )
+      w = kernel.reshape(matrix)
     bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
     # One canonical product, x [..., i] by w [i, o], whatever the axes: every
     # core, solver and packer sees the same two-dimensional kernel.
-    x = x.astype(self.dtype).reshape(*lead, math.prod(inside))
-    w = kernel.reshape(math.prod(inside), math.prod(self.features))
+    x = x.astype(self.dtype).reshape(*lead, matrix[0])
     site = Site(
       '/'.join(self.path),
       self.kind,
       x.shape[1:],
-      w.shape,
-      math.prod(x.shape[1:]) * w.shape[1],
+      matrix,
+      math.prod(x.shape[1:]) * matrix[1],
     )
     if self.ops.tap is not None:
       self.ops.tap(self, site, x, w)

@@ -176,14 +176,14 @@ def import_weights(
   config = experiment.config
   local, config.weights.path = weights.resolve(config.weights.path)
   taken, report = weights.read_weights(local, experiment.model.shapes['params'])
-  report.notes += _compare_facts(report, config)
+  report.notes += compare_facts(report, config)
   if jax.process_index() == 0:
     files.write_json(workdir / 'weights.json', report.to_json())
   imported = {f'params/{name}': values for name, values in taken.items()}
   return imported, report.lines()
 
 
-def _compare_facts(report: weights.Report, config: Any) -> list[str]:
+def compare_facts(report: weights.Report, config: Any) -> list[str]:
   """Returns a note for each thing that no tensor shows and that differs.
 
   Raises:
@@ -205,6 +205,9 @@ def _compare_facts(report: weights.Report, config: Any) -> list[str]:
       f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal logits '
       f'set --config.model.norm_eps={there:g}'
     )
+  there, here = facts.get('pool'), model.pool
+  if there is not None and there != here:
+    notes.append(f'model.pool was {there} there, {here} here')
   for name in ('mean', 'std'):
     there, here = facts.get(name), list(config.data[name])
     if there is not None and there != here:
@@ -229,7 +232,10 @@ def start_of_eval(
     variables, origin = restore_variables(
       experiment, config.checkpoint.path or str(workdir), same_plan=True
     )
-    return variables, [f'{origin}, digests verified']
+    lines = [f'{origin}, digests verified']
+    if config.weights.path:
+      lines.append('note: there is a checkpoint, so weights.path is not read')
+    return variables, lines
   imported, lines = import_weights(experiment, workdir)
   fresh = sorted(experiment.missing_parameters(imported))
   if fresh:

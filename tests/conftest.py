@@ -67,6 +67,14 @@ def fill(disk, leave):
   (disk / 'filler').write_bytes(b'x' * (free - leave))
 
 
+def peak_bytes():
+  """Returns this process's peak memory, not that of the one it came from."""
+  status = pathlib.Path('/proc/self/status')
+  if not status.exists():
+    pytest.skip('peak memory is read from /proc')
+  return int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024
+
+
 def run_main(*flags, env=None, timeout=600):
   """Runs main.py in a process of its own; returns the finished process."""
   return subprocess.run(

@@ -23,7 +23,7 @@ from qvit_jax.errors import WeightsError
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.weights import load
 from qvit_jax.weights.containers import open_source
-from tests.conftest import ROOT
+from tests.conftest import ROOT, peak_bytes
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 FILES = {
@@ -233,6 +233,54 @@ def test_a_pickle_that_calls_a_function_is_not_executed(tmp_path, protocol):
   assert not (tmp_path / 'owned').exists()
 
 
+def doubled_tuple(times):
+  """A tuple of tuples of ... whose hash takes 2**times steps."""
+  return b')' + b'q\x00h\x00\x86' * times
+
+
+@pytest.mark.parametrize(
+  'pickled',
+  [
+    b'\x80\x02}' + doubled_tuple(60) + b'K\x01s.',
+    b'\x80\x04' + doubled_tuple(60) + b'\x8c\x01a\x93.',
+  ],
+)
+def test_a_pickle_cannot_make_us_hash_for_ever(tmp_path, pickled):
+  refusal(torch_zip(tmp_path / 'x.pth', pickled), 'its pickle is damaged')
+
+
+def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path):
+  flagged = tensor_pickle().replace(
+    b'\x89ccollections\nOrderedDict\n)R',
+    b'\x89ccollections\nOrderedDict\n)R}X\x03\0\0\0neg\x88s',
+  )
+  refusal(torch_zip(tmp_path / 'x.pth', flagged, {'0': DATA}), 'with a flag')
+
+
+def test_a_tensor_beside_the_state_dict_does_not_hide_it(tmp_path):
+  one = tensor_pickle()[2:-1]  # {'a': tensor}
+  two = one.replace(b'X\x01\0\0\0a', b'X\x01\0\0\0b')[1:]  # 'b': tensor s
+  pickled = (
+    b'\x80\x02' + one + b'X\x05\0\0\0model' + one + two + b's' + b'.'
+  )  # fmt: skip
+  path = torch_zip(tmp_path / 'x.pth', pickled, {'0': DATA})
+  assert set(read_all(path)) == {'a', 'b'}
+
+
+@pytest.mark.parametrize('low', [b'\x80\x02', b'PK'])
+def test_a_header_of_any_length_is_safetensors(tmp_path, low):
+  length = int.from_bytes(low, 'little') // 8 * 8
+  text = json.dumps({'a': entry([1], 0, 4)}).encode().ljust(length)
+  path = write_safetensors(tmp_path / 'x.safetensors', text, bytes(4))
+  assert path.read_bytes()[0] in (0x80, 0x50)
+  assert read_all(path)['a'].tolist() == [0]
+
+
+def test_a_path_that_no_disk_takes_is_one_line():
+  with pytest.raises(WeightsError, match='cannot be read'):
+    open_source(pathlib.Path('x' * 300))
+
+
 @pytest.mark.parametrize('name', ['eval', 'getattr', '__import__'])
 def test_builtins_are_not_reached(tmp_path, name):
   pickled = (
@@ -266,7 +314,7 @@ def test_a_zip_bomb_is_refused(tmp_path):
 def test_torchscript_is_refused(tmp_path):
   members = {'m/data.pkl': b'\x80\x02}.', 'm/code/__torch__.py': b'',
              'm/constants.pkl': b''}  # fmt: skip
-  refusal(write_zip(tmp_path / 'x.pt', members), 'TorchScript', 'convert it')
+  refusal(write_zip(tmp_path / 'x.pt', members), 'TorchScript', 'state dict')
 
 
 @pytest.mark.filterwarnings('ignore:Duplicate name')
@@ -411,7 +459,7 @@ def run_fuzz(kind, count, folder):
   originals = {place: place.read_bytes() for place in places}
   tensors = read_anything(path)
   has_checksums = kind in ('npz', 'pth', 'own')
-  limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**30
+  limit = peak_bytes() + 2**30
   if kind != 'own':  # orbax reserves more than it uses
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
   rng, slowest, refused, loaded = random.Random(kind), 0.0, 0, 0
@@ -429,7 +477,7 @@ def run_fuzz(kind, count, folder):
       assert '\n' not in str(error), error
     slowest = max(slowest, time.monotonic() - started)
     place.write_bytes(originals[place])
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  peak = peak_bytes() / 2**20
   print(f'{kind}: {refused} refused, {loaded} loaded, slowest {slowest:.2f} s, '
         f'peak {peak:.0f} MiB')  # fmt: skip
   assert slowest < 5

@@ -147,6 +147,23 @@ def test_an_export_without_a_place_for_a_parameter_is_refused(config, tmp_path):
   assert '--config.export.layout' in str(error.value)
 
 
+def test_an_export_with_another_epsilon_is_refused(config, tmp_path):
+  modes.run('train', config, str(tmp_path))
+  config.model.norm_eps = 0.1
+  with pytest.raises(ExportError, match='set --config.model.norm_eps=1e-06'):
+    modes.run('export', config, str(tmp_path))
+
+
+def test_an_export_leaves_nothing_of_the_one_before(config, tmp_path):
+  modes.run('train', config, str(tmp_path))
+  config.export.layout = 'hf'
+  modes.run('export', config, str(tmp_path))
+  config.export.update(layout='timm', format='npz')
+  modes.run('export', config, str(tmp_path))
+  names = {path.name for path in (tmp_path / 'export').iterdir()}
+  assert names == {'model.npz', 'parity.json'}
+
+
 def test_nothing_to_export_is_said(config, tmp_path):
   config.weights.path = ''
   with pytest.raises(ExportError, match='holds no checkpoint to export'):
@@ -261,7 +278,7 @@ def test_vit_l_loads_quickly_in_little_memory(tmp_path):
   import sys
 
   code = f"""
-import resource, sys, time
+import sys, time
 import numpy as np, safetensors.numpy, jax, jax.numpy as jnp
 sys.path.insert(0, {str(FIXTURES.parents[1])!r})
 from configs import common
@@ -280,8 +297,8 @@ else:
   params, report = weights.load_weights(path, shapes)
   assert tree.num_elements(params) == 304326632
   assert 'torch' not in sys.modules
-  print(time.monotonic() - started,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+  from tests.conftest import peak_bytes
+  print(time.monotonic() - started, peak_bytes())
 """
   for what in ('make', 'load'):
     done = subprocess.run(

@@ -14,11 +14,12 @@ import pytest
 import safetensors.numpy
 
 from configs import common
-from qvit_jax.errors import WeightsError
+from qvit_jax.errors import ExportError, WeightsError
 from qvit_jax.models import build_model
 from qvit_jax.weights import (
   adapt,
   entries,
+  hf_config,
   load_weights,
   save_weights,
   translate,
@@ -110,11 +111,6 @@ def test_an_export_is_the_file_bit_for_bit(name, tmp_path):
     theirs = safetensors.numpy.load_file(
       FIXTURES / 'hf_vit' / 'model.safetensors'
     )
-  if name == 'hf_dinov2_registers':  # whose library writes another prefix
-    theirs = {
-      n.replace('dinov2_with_registers.', 'dinov2.'): x
-      for n, x in theirs.items()
-    }
   assert written.keys() == theirs.keys()
   for tensor, values in theirs.items():
     np.testing.assert_array_equal(written[tensor], values)
@@ -273,8 +269,8 @@ def test_a_state_dict_inside_a_training_checkpoint_is_found(tmp_path):
   bare, _ = load('dinov2')
   jax.tree.map(np.testing.assert_array_equal, params, bare)
   assert report.notes == [
-    "read from its entry 'model'; others: epoch, arguments, optimizer"
-  ]
+    "read from its entry 'model'", 'not read: epoch, arguments, optimizer'
+  ]  # fmt: skip
 
 
 # What does not fit is an error that lists everything.
@@ -361,3 +357,81 @@ def test_float64_beyond_float32_is_named(tmp_path):
   safetensors.numpy.save_file(tensors, path)
   with pytest.raises(WeightsError, match='infinite or NaN values in norm.w'):
     load_weights(str(path), shapes_of(make_config()))
+
+
+def with_tensors(path, **changed):
+  """Writes the timm fixture with other tensors; None takes one away."""
+  tensors = safetensors.numpy.load_file(FIXTURES / 'timm.safetensors')
+  for name, values in changed.items():
+    tensors[name] = values
+  safetensors.numpy.save_file(
+    {k: v for k, v in tensors.items() if v is not None}, path
+  )
+  return str(path)
+
+
+@pytest.mark.parametrize('shape', [(24,), (1, 1, 48), ()])
+def test_a_class_token_of_another_shape_is_refused(tmp_path, shape):
+  path = with_tensors(
+    tmp_path / 'x.safetensors', cls_token=np.zeros(shape, np.float32)
+  )
+  with pytest.raises(WeightsError, match=r'cls_token: .* there, \[1, 1, 24\]'):
+    load_weights(path, shapes_of(make_config()))
+
+
+def test_a_wrapper_around_every_name_is_dropped(tmp_path):
+  tensors = safetensors.numpy.load_file(FIXTURES / 'timm.safetensors')
+  path = tmp_path / 'x.safetensors'
+  wrapped = {f'module.{k}': v for k, v in tensors.items()}
+  safetensors.numpy.save_file(wrapped, path)
+  params, report = load_weights(str(path), shapes_of(make_config()))
+  jax.tree.map(np.testing.assert_array_equal, params, load('timm')[0])
+  assert report.notes == ["'module.' dropped from every name"]
+
+
+def test_a_message_holds_no_control_characters(tmp_path):
+  path = with_tensors(
+    tmp_path / 'x.safetensors', **{'a\n\x1b[31m': np.zeros(1, np.float32)}
+  )
+  with pytest.raises(WeightsError) as error:
+    load_weights(path, shapes_of(make_config()))
+  assert 'unknown tensor a\\n\\x1b[31m' in str(error.value)
+  assert str(error.value).isprintable()
+
+
+def test_a_folder_called_checkpoints_may_hold_anybodys_weights(tmp_path):
+  folder = tmp_path / 'checkpoints' / 'vit'
+  folder.mkdir(parents=True)
+  with_tensors(folder / 'model.safetensors')
+  for path in (folder, folder / 'model.safetensors'):
+    assert load_weights(str(path), shapes_of(make_config()))[1].layout == 'timm'
+
+
+@pytest.mark.parametrize(
+  ('layout', 'fields', 'part'),
+  [
+    ('hf_dinov2', {'layer_scale': 1.0}, 'model.pool is token, not token_mean'),
+    ('hf_dinov2', {'pool': 'token_mean'}, 'the model has no LayerScale'),
+    ('hf_deit', {}, 'model.registers is 0, not 1'),
+    ('timm_distilled', {'registers': 2}, 'model.registers is 2, not 1'),
+    ('hf', {'pool': 'mean'}, 'model.pool is mean, not token'),
+    ('torchvision', {'pool': 'token_mean'}, 'model.pool is token_mean'),
+    ('timm', {'pool': 'token_mean'}, 'not token or mean'),
+  ],
+)
+def test_an_export_that_nothing_could_load_is_refused(layout, fields, part):
+  config = make_config(**fields)
+  init = build_model(config).init
+  params = init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))['params']
+  with pytest.raises(ExportError, match=part):
+    translate(params, layout)
+
+
+@pytest.mark.parametrize(
+  ('width', 'mlp_dim'), [(88, 120), (104, 120), (24, 96)]
+)
+def test_transformers_finds_the_mlp_again(width, mlp_dim):
+  shape = dict(width=width, mlp_dim=mlp_dim, depth=1, heads=2, patch=4,
+               image_size=8, norm_eps=1e-6, registers=0)  # fmt: skip
+  config = json.loads(hf_config(shape, 'hf_dinov2', 5))
+  assert int(config['hidden_size'] * config['mlp_ratio']) == mlp_dim

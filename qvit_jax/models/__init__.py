@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax.models import vit
-from qvit_jax.ops import Ops, Site
+from qvit_jax.ops import Ops, Site, Stream
 
 __all__ = [
-    'MODELS', 'architecture', 'build_model', 'list_sites', 'tensor_rules'
+    'MODELS', 'architecture', 'build_model', 'list_sites', 'stream',
+    'tensor_rules',
 ]  # fmt: skip
 
 MODELS = {'vit': vit}
@@ -33,6 +34,11 @@ def build_model(config, ops: Ops = Ops()):  # noqa: B008 - Ops is frozen
 def tensor_rules(config) -> tuple[tuple[str, int], ...]:
   """Returns (parameter regex, axis that `mesh.tensor` splits) rules."""
   return MODELS[config.model.name].TENSOR_RULES
+
+
+def stream(config) -> Stream:
+  """Returns who writes to and reads from the model's residual stream."""
+  return MODELS[config.model.name].stream(config.model)
 
 
 def list_sites(config) -> list[Site]:

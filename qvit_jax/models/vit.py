@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.errors import ConfigError
-from qvit_jax.ops import Ops, SiteDense, SiteProduct
+from qvit_jax.ops import Ops, SiteDense, SiteProduct, Stream
 
 # name: (width, depth, heads, mlp_dim)
 SIZES = {
@@ -273,6 +273,34 @@ def resolve_shape(model) -> dict[str, int]:
       f'model.width={shape["width"]}; choose heads that divide the width'
     )
   return shape
+
+
+def stream(model) -> Stream:
+  """Returns who writes to and reads from the residual stream."""
+  blocks = [
+    f'encoder/block_{i:02d}' for i in range(resolve_shape(model)['depth'])
+  ]
+  scaled = bool(model.layer_scale)
+  writers = [('patch_embed', '')]
+  readers = []
+  for block in blocks:
+    writers += [
+      (f'{block}/attn/out', f'{block}/scale1' if scaled else ''),
+      (f'{block}/mlp/fc2', f'{block}/scale2' if scaled else ''),
+    ]
+    attention = tuple(f'{block}/attn/{n}' for n in ('query', 'key', 'value'))
+    readers += [
+      (f'{block}/norm1', attention),
+      (f'{block}/norm2', (f'{block}/mlp/fc1',)),
+    ]
+  turned = () if model.qk_norm else blocks
+  return Stream(
+    tokens=('cls', 'registers', 'pos_embed'),
+    writers=tuple(writers),
+    readers=(*readers, ('encoder/norm', ('head',))),
+    values=tuple((f'{b}/attn/value', f'{b}/attn/out') for b in blocks),
+    queries=tuple((f'{b}/attn/query', f'{b}/attn/key') for b in turned),
+  )
 
 
 def from_config(model, ops: Ops) -> ViT:

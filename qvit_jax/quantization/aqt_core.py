@@ -51,6 +51,7 @@ class AqtCore:
   """Computes each product as its line in the plan says. See `ops.Core`."""
 
   plan: QuantPlan
+  is_packed = False
 
   def __call__(self, module, site, lhs, rhs, dims):
     """See `ops.Core`."""

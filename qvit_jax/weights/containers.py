@@ -8,15 +8,19 @@ from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.weights import npz_file, safetensors_file, torch_file, zip_file
-from qvit_jax.weights.entries import Entry, Source, parse_json, refuse
-
-_CONVERT = (
-  'open it where it was made and save it again as safetensors '
-  "(safetensors.torch.save_file(state_dict, 'model.safetensors'))"
+from qvit_jax.weights.entries import (
+  CONVERT,
+  Entry,
+  Source,
+  parse_json,
+  printable,
+  refuse,
 )
+
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 _ENDINGS = ('.safetensors', '.npz', '.pth', '.pt', '.bin')
+_PICKLES = (b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
 _MAX_JSON = 8 * 2**20
 # What can come out of the standard library when a file is not what it claims.
 _DAMAGE = (
@@ -41,11 +45,23 @@ def open_source(path: pathlib.Path) -> Source:
   Raises:
     WeightsError: There is nothing, or nothing that is safe to read.
   """
-  if path.is_dir():
-    return _open_folder(path)
-  if not path.is_file():
+  try:
+    is_folder, is_file = path.is_dir(), path.is_file()
+    if is_file:
+      path.open('rb').close()
+    elif is_folder:
+      next(path.iterdir(), None)
+  except (OSError, ValueError) as error:
+    text = getattr(error, 'strerror', None) or str(error)
     raise WeightsError(
-      f'weights.path={str(path)!r} does not exist; give a file '
+      f'weights.path={printable(str(path))!r} cannot be read: {text}; check '
+      'the path and its permissions'
+    ) from error
+  if is_folder:
+    return _open_folder(path)
+  if not is_file:
+    raise WeightsError(
+      f'weights.path={printable(str(path))!r} does not exist; give a file '
       f'({", ".join(_ENDINGS)}), a folder of the hub, the workdir of a run, or '
       'hf://OWNER/NAME'
     )
@@ -80,22 +96,26 @@ def _sniff(path: pathlib.Path) -> str:
   text = head.lstrip().lower()
   if not head:
     refuse(path, 'the file is empty')
+  # First, because its first byte may be any: it is part of a length.
+  length = int.from_bytes(head[:8], 'little')
+  if head[8:9] == b'{' and length <= path.stat().st_size - 8:
+    return 'safetensors'
   if text.startswith((b'<!doctype', b'<html', b'<?xml')):
     refuse(path, 'it is a web page, probably of a failed download')
   if head.startswith(b'version https://git-lfs'):
     refuse(
       path, 'it is a Git LFS pointer, not the file', 'run git lfs pull there'
     )
-  if head.startswith(b'PK'):
+  if head.startswith((b'PK\x03\x04', b'PK\x05\x06')):
     names = zip_file.members(path)
     if names and all(name.endswith('.npy') for name in names):
       return 'npz'
     return 'PyTorch zip'
-  if head[:1] == b'\x80' or head[257:262] == b'ustar':
+  if head.startswith(_PICKLES) or head[257:262] == b'ustar':
     refuse(path, 'it is a legacy PyTorch file (before 1.6) or a bare pickle',
-           _CONVERT)  # fmt: skip
+           CONVERT)  # fmt: skip
   if head.startswith(b'\x89HDF'):
-    refuse(path, 'it is an HDF5 file', _CONVERT)
+    refuse(path, 'it is an HDF5 file', CONVERT)
   if head[8:9] == b'{' or path.suffix == '.safetensors':
     return 'safetensors'
   refuse(path, f'it is none of {", ".join(_ENDINGS)}')
@@ -132,19 +152,21 @@ def _open_shards(index: pathlib.Path):
   """Returns the tensors of all files that an index lists."""
   listing = _json(index)
   shards = listing.get('weight_map') if isinstance(listing, dict) else None
-  if not isinstance(shards, dict) or not all(
-    isinstance(name, str) for name in shards.values()
+  if (
+    not isinstance(shards, dict)
+    or not shards
+    or not all(isinstance(name, str) for name in shards.values())
   ):
-    refuse(index, 'it has no weight_map')
+    refuse(index, 'it has no weight_map that lists tensors')
   entries: dict[str, Entry] = {}
   notes: list[str] = []
   container = ''
   for name in sorted(set(shards.values())):
-    if pathlib.PurePath(name).name != name:
+    if pathlib.PurePath(name).name != name or name in ('', '..'):
       refuse(index, f'it points outside its folder: {name[:80]!r}')
     part = index.parent / name
-    if not part.is_file():
-      refuse(index, f'{name} is missing', 'fetch it into the same folder')
+    if len(name) > 255 or not part.is_file():
+      refuse(index, f'{name[:80]} is missing', 'fetch it into the same folder')
     found, container, more = _open_file(part)
     if twice := entries.keys() & found.keys():
       refuse(index, f'{min(twice)!r} stands in two of its files')
@@ -182,6 +204,9 @@ def _facts(folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
       for theirs, ours in names.items()
       if isinstance(config.get(theirs), (int, float))
     }
+    pools = {'token': 'token', 'avg': 'mean'}
+    if config.get('global_pool') in pools:
+      facts['pool'] = pools[config['global_pool']]
     timm = config.get('pretrained_cfg')
     if isinstance(timm, dict):
       facts |= _channels(timm, 'mean', 'std')

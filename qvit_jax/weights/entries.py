@@ -55,10 +55,23 @@ class Source:
   notes: list[str] = dataclasses.field(default_factory=list)
 
 
+CONVERT = (
+  'load it in PyTorch where you trust it and save its state dict with '
+  'safetensors.torch.save_file'
+)
+
+
+def printable(text: str) -> str:
+  """Returns text on one line, with what no terminal should get escaped."""
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
+  )
+
+
 def refuse(path, what: str, advice: str = '') -> NoReturn:
   """Raises WeightsError: which file, what is wrong, what to do."""
   advice = advice or 'fetch it again, or give another file'
-  raise WeightsError(f'weights {path}: {what}; {advice}')
+  raise WeightsError(printable(f'weights {path}: {what}; {advice}'))
 
 
 def check_shape(path, name: str, shape: Any, dtype: np.dtype) -> int:

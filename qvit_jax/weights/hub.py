@@ -1,9 +1,11 @@
 """Fetches hf://owner/name[@revision] from the Hugging Face hub. Row 7."""
 
 import dataclasses
+import errno
 import pathlib
 import re
 
+from qvit_jax import files
 from qvit_jax.errors import WeightsError
 
 PREFIX = 'hf://'
@@ -70,6 +72,8 @@ def fetch(address: str) -> Fetched:
       'is private; check the spelling, or log in with `hf auth login`'
     ) from error
   except Exception as error:  # noqa: BLE001 - its network stack raises many
+    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+      raise WeightsError(files.cannot_write('the cache', error)) from error
     folder = _cached(huggingface_hub, name, revision, address, error)
   return Fetched(
     pathlib.Path(folder), f'{PREFIX}{name}@{pathlib.Path(folder).name}'

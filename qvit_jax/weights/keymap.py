@@ -159,6 +159,9 @@ def collapse(names: Iterable[str]) -> list[str]:
     text = numbers[0]
     if len(numbers) > 1:
       values = [int(number) for number in numbers]
+      is_run = max(values) - min(values) == len(set(values)) - 1
       text = f'{{{min(values)}-{max(values)}}}'
+      if not is_run:
+        text = f'{{{",".join(map(str, sorted(set(values))))}}}'
     plain.append(f'{start}{text}{end}')
   return plain

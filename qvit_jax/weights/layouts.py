@@ -45,6 +45,10 @@ class KeyMap:
     resize: Key of `adapt.RESIZES`: how its own library resizes positions.
     resize_with_registers: The same for models with registers, if it differs.
     norm_eps: Epsilon of LayerNorm in its library.
+    pools: What its models can have as `model.pool`.
+    registers: How many `model.registers` they have; None: any number.
+    has_scales: Whether they all have LayerScale.
+    register_prefix: The prefix that is written with registers, if another.
   """
 
   title: str
@@ -57,6 +61,10 @@ class KeyMap:
   resize: str = 'timm'
   resize_with_registers: str = ''
   norm_eps: float = 1e-6
+  pools: tuple[str, ...] = ('token',)
+  registers: int | None = 0
+  has_scales: bool = False
+  register_prefix: str = ''
 
   def spell(self, name: str) -> str:
     """Returns a tensor name in the spelling of the rows."""
@@ -210,12 +218,15 @@ LAYOUTS = {
         ignored=(r'head_dist\.',),
         pre_logits=r'pre_logits\.',
         slots=('grid', 'all'),
+        pools=('token', 'mean'),
+        registers=None,
     ),
     'timm_distilled': KeyMap(
         'timm with a distillation token',
         (*_TIMM, Row('registers', 'dist_token', 'same')),
         ignored=(r'head_dist\.',),
         pre_logits=r'pre_logits\.',
+        registers=1,
     ),
     'dinov2': KeyMap(
         'DINOv2 release',
@@ -224,6 +235,8 @@ LAYOUTS = {
         slots=('class',),
         resize='dinov2',
         resize_with_registers='timm',
+        registers=None,
+        has_scales=True,
     ),
     'hf': KeyMap(
         'HuggingFace ViT',
@@ -249,6 +262,7 @@ LAYOUTS = {
         aliases=_HF_VIT_IN_MEMORY,
         resize='torch',
         norm_eps=1e-12,
+        registers=1,
     ),
     'hf_dinov2': KeyMap(
         'HuggingFace DINOv2',
@@ -270,6 +284,10 @@ LAYOUTS = {
         slots=('class',),
         resize='torch',
         resize_with_registers='timm',
+        pools=('token_mean',),
+        registers=None,
+        has_scales=True,
+        register_prefix='dinov2_with_registers.',
     ),
     'torchvision': KeyMap(
         'torchvision',
@@ -285,5 +303,6 @@ LAYOUTS = {
         pre_logits=r'pre_logits/',
         prefixes=('', 'opt/target/', 'params/'),
         resize='bilinear',
+        pools=('token', 'mean'),
     ),
 }  # fmt: skip

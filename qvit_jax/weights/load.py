@@ -4,6 +4,7 @@ Fetch, recognise, compare every name and shape, and only then read: one tensor
 at a time, so that no second copy of the file lies in memory.
 """
 
+import contextlib
 import math
 import pathlib
 from typing import Any
@@ -16,7 +17,7 @@ from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.training import checkpoint
 from qvit_jax.weights import adapt, hub
 from qvit_jax.weights.containers import open_source
-from qvit_jax.weights.entries import Entry, Source
+from qvit_jax.weights.entries import Entry, Source, printable
 from qvit_jax.weights.keymap import KINDS, Names, collapse, nearest, recognise
 from qvit_jax.weights.layouts import LAYOUTS, Row
 from qvit_jax.weights.report import Report
@@ -72,26 +73,42 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
     raise WeightsError('no weights were named; set --config.weights.path=')
   local, _ = resolve(path)
   wanted = tree.flatten(params)
-  place = pathlib.Path(local)
+  place = pathlib.Path(local).expanduser()
   if _is_own(place):
-    return _Import(_own_source(local), wanted, None).run()
+    return _Import(_own_source(str(place)), wanted, None).run()
   source = open_source(place)
+  _strip_wrapper(source)
   names = recognise(list(source.entries))
   if names is None:
     listed = ', '.join(collapse(list(source.entries))[:6])[:300]
-    raise WeightsError(
+    text = (
       f'weights {source.title}: nobody we know names tensors like these '
       f'({listed}); known are {", ".join(LAYOUTS)}, the nearest is '
       f'{nearest(list(source.entries))}: rename them or give other weights'
     )
+    raise WeightsError(printable(text))
   return _Import(source, wanted, names).run()
 
 
+def _strip_wrapper(source: Source) -> None:
+  """Drops what DistributedDataParallel and torch.compile put before names."""
+  for prefix in ('module.', '_orig_mod.'):
+    if all(name.startswith(prefix) for name in source.entries):
+      source.entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in source.entries.items()
+      }
+      source.notes.append(f'{prefix!r} dropped from every name')
+
+
 def _is_own(place: pathlib.Path) -> bool:
-  return place.is_dir() and (
-    (place / 'checkpoints').is_dir()
-    or 'checkpoints' in (place.name, place.parent.name)
-  )
+  with contextlib.suppress(OSError, ValueError):  # said when it is opened
+    return place.is_dir() and (
+      (place / 'checkpoints').is_dir()
+      or (place.name == 'checkpoints' and not any(place.glob('*.*')))
+      or (place.name.isdigit() and place.parent.name == 'checkpoints')
+    )
+  return False
 
 
 def _own_source(path: str) -> Source:
@@ -142,7 +159,8 @@ class _Import:
         and 'encoder/block_00/attn/query/bias' in names.ours
       ):
         bias = self._shape('encoder/block_00/attn/query/bias')
-        source.facts.setdefault('heads', bias[0])
+        if len(bias) == 2:  # else refused below
+          source.facts.setdefault('heads', bias[0])
     else:
       self.ours = {
         name: (Row(name, name, 'same'), name) for name in source.entries
@@ -165,11 +183,12 @@ class _Import:
     shown = self.problems[:_SHOWN]
     rest = len(self.problems) - len(shown)
     more = f' and {rest} more' if rest else ''
-    raise WeightsError(
+    text = (
       f'weights {self.source.title} ({self.report.layout} layout) do not fit '
       f'the model: {"; ".join(shown)}{more}; give model.* the values of these '
       'weights, or choose others'
     )
+    raise WeightsError(printable(text))
 
   def _shape(self, ours: str) -> tuple[int, ...] | None:
     """Returns the shape of the file's tensor for a parameter, or None."""
@@ -225,13 +244,16 @@ class _Import:
     self.problems += [
       f'missing {name}{_advice(name)}' for name in collapse(missing)
     ]
-    extra_names = {self.ours[n][1]: n for n in extra}
-    for group in collapse(extra_names):
-      ours = next(
-        (o for n, o in extra_names.items() if collapse([n]) == [group]),
-        extra_names.get(group, extra[0]),
-      )
-      self.problems.append(f'no place for {group}{_advice(ours)}')
+    groups: dict[str, tuple[str, list[str]]] = {}
+    for name in extra:
+      row, theirs = self.ours[name]
+      found = groups.setdefault(row.theirs, (name, []))[1]
+      if theirs not in found:
+        found.append(theirs)
+    for name, found in groups.values():
+      self.problems += [
+        f'no place for {group}{_advice(name)}' for group in collapse(found)
+      ]
     if self.names:
       self.problems += [
         f'unknown tensor {name}' for name in collapse(self.names.unknown)
@@ -255,9 +277,13 @@ class _Import:
       self.problems += [f'{name}: {text}' for name in collapse(theirs)]
     if 'pos_embed' in self.ours and 'pos_embed' in self.wanted:
       self._position_slots()
+      width = self.wanted['pos_embed'].shape[-1]
       cls = self._shape('cls')
-      if cls is not None and math.prod(cls) != cls[-1]:
-        self.problems.append(f'the class token has the shape {list(cls)}')
+      if cls not in (None, (1, 1, width)):
+        name = self.ours['cls'][1]
+        self.problems.append(
+          f'{name}: {list(cls)} there, [1, 1, {width}] wanted'
+        )
 
   @staticmethod
   def _their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:

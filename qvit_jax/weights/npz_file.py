@@ -37,6 +37,8 @@ def _entry(path: pathlib.Path, name: str, info: zipfile.ZipInfo) -> Entry:
   shape, fortran, dtype = readers[version](head)
   if dtype == np.dtype('V2'):  # how NumPy stores bfloat16
     dtype = np.dtype(ml_dtypes.bfloat16)
+  if dtype.newbyteorder('=') != dtype:
+    refuse(path, f'array {name!r} is big-endian', 'save it as little-endian')
   if dtype not in DTYPES.values():
     refuse(
       path,

@@ -1,6 +1,8 @@
 """Writes our float parameters in the names and axes of others. Row 7."""
 
 import json
+import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -26,13 +28,17 @@ def translate(params: Any, layout: str) -> dict[str, np.ndarray]:
   """
   ours = {name: np.asarray(x) for name, x in tree.flatten(params).items()}
   keymap = LAYOUTS[layout]
+  _check_model(ours, layout)
+  prefix = keymap.prefixes[0]
+  if 'registers' in ours:
+    prefix = keymap.register_prefix or prefix
   rows: dict[str, tuple[Row, str]] = {}
   for name in ours:
     found = re.search(r'block_(\d+)', name)
     number = found[1] if found else ''
     for row in keymap.rows:
       if row.ours.format(i=number) == name and name not in rows:
-        theirs = row.theirs.replace('~', keymap.prefixes[0])
+        theirs = row.theirs.replace('~', prefix)
         rows[name] = row, theirs.format(i=int(number or 0))
   homeless = [name for name in ours if name not in rows]
   if homeless:
@@ -54,6 +60,28 @@ def translate(params: Any, layout: str) -> dict[str, np.ndarray]:
     else np.ascontiguousarray(values[0])
     for name, values in parts.items()
   }
+
+
+def _check_model(ours: dict[str, np.ndarray], layout: str) -> None:
+  """Refuses a model that no class of the layout's library is."""
+  keymap = LAYOUTS[layout]
+  width = ours['encoder/norm/scale'].shape[0]
+  pool = 'token' if 'cls' in ours else 'mean'
+  if ours['head/kernel'].shape[0] == 2 * width:
+    pool = 'token_mean'
+  registers = ours['registers'].shape[1] if 'registers' in ours else 0
+  problems = []
+  if pool not in keymap.pools:
+    problems.append(f'model.pool is {pool}, not {" or ".join(keymap.pools)}')
+  if keymap.registers not in (None, registers):
+    problems.append(f'model.registers is {registers}, not {keymap.registers}')
+  if keymap.has_scales and 'encoder/block_00/scale1' not in ours:
+    problems.append('the model has no LayerScale')
+  if problems:
+    raise ExportError(
+      f'no model of the layout {layout} is like this: {"; ".join(problems)}; '
+      f'choose another --config.export.layout ({", ".join(LAYOUTS)})'
+    )
 
 
 def _fold_positions(ours: dict[str, np.ndarray], slots: str) -> None:
@@ -90,6 +118,7 @@ def save_weights(
         np.savez(file, **tensors)
     else:
       safetensors.numpy.save_file(tensors, temporary, {'format': 'pt'})
+      temporary.chmod(0o666 & ~_umask())  # the package allows the owner alone
     temporary.replace(path)
   except (OSError, safetensors.SafetensorError) as error:
     temporary.unlink(missing_ok=True)
@@ -99,6 +128,12 @@ def save_weights(
       f'{path} cannot be written ({error}); free some space and run the same '
       'command again'
     ) from error
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
 
 
 def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:
@@ -125,9 +160,10 @@ def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:
       'label2id': {str(i): i for i in range(classes)},
   }  # fmt: skip
   if kind.startswith('dinov2'):
-    config['mlp_ratio'] = shape['mlp_dim'] / shape['width']
-    if float(config['mlp_ratio']).is_integer():
-      config['mlp_ratio'] = int(config['mlp_ratio'])
+    ratio = shape['mlp_dim'] / shape['width']
+    if int(shape['width'] * ratio) != shape['mlp_dim']:  # how it is used there
+      ratio = math.nextafter(ratio, math.inf)
+    config['mlp_ratio'] = int(ratio) if ratio.is_integer() else ratio
     if shape['registers']:
       config['num_register_tokens'] = shape['registers']
   else:

@@ -6,6 +6,7 @@ name, imports nothing and calls nothing, so there is nothing to exploit.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import pickletools
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from qvit_jax.weights import zip_file
-from qvit_jax.weights.entries import DTYPES, Entry, check_shape, refuse
+from qvit_jax.weights.entries import (
+  CONVERT,
+  DTYPES,
+  Entry,
+  check_shape,
+  refuse,
+)
 
 _MAX_PICKLE = 16 * 2**20
-_CONVERT = (
-  'convert it with PyTorch: safetensors.torch.save_file(torch.load(FILE, '
-  "weights_only=True), 'model.safetensors')"
-)
 _STORAGES = {
     'Double': 'float64', 'Float': 'float32', 'Half': 'float16',
     'BFloat16': 'bfloat16', 'Long': 'int64', 'Int': 'int32', 'Short': 'int16',
@@ -63,22 +66,26 @@ def read(path: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
   """Returns the file's tensors, unread, and notes. Raises WeightsError."""
   infos = zip_file.members(path)
   if any('/code/' in name or name.endswith('constants.pkl') for name in infos):
-    refuse(path, 'it is a TorchScript archive, which holds code', _CONVERT)
+    refuse(path, 'it is a TorchScript archive, which holds code', CONVERT)
   pickles = [name for name in infos if name.split('/')[1:] == ['data.pkl']]
   if len(pickles) != 1:
-    refuse(path, 'it is a zip archive without FOLDER/data.pkl', _CONVERT)
+    refuse(path, 'it is a zip archive without FOLDER/data.pkl', CONVERT)
   root = pickles[0].partition('/')[0]
   if any(not zip_file.is_stored(info) for info in infos.values()):
     refuse(path, 'its members are compressed, which PyTorch never does')
   order = infos.get(f'{root}/byteorder')
   if order and zip_file.content(path, order).strip() != b'little':
-    refuse(path, 'it was written on a big-endian machine', _CONVERT)
+    refuse(path, 'it was written on a big-endian machine', CONVERT)
   if infos[pickles[0]].file_size > _MAX_PICKLE:
     refuse(path, f'its pickle is over {_MAX_PICKLE:,} bytes long')
   value = _interpret(path, zip_file.content(path, infos[pickles[0]]))
   tensors, notes = _find_tensors(path, value)
+  # Tensors that share a storage mostly follow each other.
+  content = functools.lru_cache(maxsize=1)(
+    lambda name: zip_file.content(path, infos[name])
+  )
   entries = {
-    name: _entry(path, name, tensor, infos.get(f'{root}/data/{key}'))
+    name: _entry(path, name, tensor, infos.get(f'{root}/data/{key}'), content)
     for name, tensor in tensors.items()
     for key in (tensor.storage.key,)
   }
@@ -88,28 +95,34 @@ def read(path: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
 def _find_tensors(path, value) -> tuple[dict[str, _Tensor], list[str]]:
   """Returns the state dict, at the top or under one of the usual names."""
   if not isinstance(value, dict):
-    refuse(path, 'it holds no dict of tensors', _CONVERT)
-  notes = []
+    refuse(path, 'it holds no dict of tensors', CONVERT)
+  found = {}
   for wrapper in (None, *_WRAPPERS):
     inner = value if wrapper is None else value.get(wrapper)
-    if not isinstance(inner, dict):
-      continue
-    tensors = {k: v for k, v in inner.items() if isinstance(v, _Tensor)}
-    if not tensors or not all(isinstance(name, str) for name in tensors):
-      continue
-    if wrapper is not None:
-      others = ', '.join(str(k)[:30] for k in value if k != wrapper)
-      notes.append(f'read from its entry {wrapper!r}; others: {others[:200]}')
-    return tensors, notes
+    tensors = inner.items() if isinstance(inner, dict) else ()
+    tensors = {
+      k: v for k, v in tensors if isinstance(v, _Tensor) and isinstance(k, str)
+    }
+    if tensors:
+      found[wrapper] = tensors
+  if found:
+    wrapper = max(found, key=lambda key: len(found[key]))
+    inner = value if wrapper is None else value[wrapper]
+    left = [k for k in inner if k not in found[wrapper]]
+    left += [k for k in value if k != wrapper] if wrapper else []
+    notes = [f'read from its entry {wrapper!r}'] if wrapper else []
+    if left:
+      notes.append(f'not read: {", ".join(str(k)[:30] for k in left)[:200]}')
+    return found[wrapper], notes
   keys = ', '.join(str(k)[:30] for k in list(value)[:8])
   refuse(
     path,
     f'no tensors at the top or under {", ".join(_WRAPPERS)}; it has {keys}',
-    _CONVERT,
+    CONVERT,
   )
 
 
-def _entry(path, name, tensor: _Tensor, info) -> Entry:
+def _entry(path, name, tensor: _Tensor, info, content) -> Entry:
   storage, dtype = tensor.storage, tensor.storage.dtype
   if info is None:
     refuse(path, f'the data of {name!r} is missing')
@@ -130,7 +143,7 @@ def _entry(path, name, tensor: _Tensor, info) -> Entry:
     refuse(path, f'tensor {name!r} reaches beyond its storage')
 
   def load():
-    flat = np.frombuffer(zip_file.content(path, info), dtype)[tensor.offset :]
+    flat = np.frombuffer(content(info.filename), dtype)[tensor.offset :]
     if not count:
       return np.zeros(tensor.shape, dtype)
     strides = [stride * dtype.itemsize for stride in tensor.strides]
@@ -146,7 +159,7 @@ def _interpret(path, data: bytes) -> Any:
     return _Machine(path).run(data)
   except (ValueError, IndexError, KeyError, TypeError, AttributeError,
           RecursionError) as error:  # fmt: skip
-    refuse(path, f'its pickle is damaged ({str(error)[:80]})', _CONVERT)
+    refuse(path, f'its pickle is damaged ({str(error)[:80]})', CONVERT)
 
 
 class _Machine:
@@ -166,7 +179,7 @@ class _Machine:
       else:
         step = getattr(self, f'_{code.name.lower()}', None)
         if step is None:
-          refuse(self.path, f'its pickle uses {code.name}', _CONVERT)
+          refuse(self.path, f'its pickle uses {code.name}', CONVERT)
         step(argument)
     raise ValueError('no end')
 
@@ -234,6 +247,9 @@ class _Machine:
 
   def _set(self, target: dict, items: list[Any]):
     for key, value in zip(items[::2], items[1::2], strict=True):
+      # Hashing a nested tuple could take for ever.
+      if not isinstance(key, (str, int, float, bytes, type(None))):
+        raise TypeError('a key that is no name')
       if key in target:
         refuse(self.path, f'the name {str(key)[:60]!r} stands in it twice')
       target[key] = value
@@ -247,12 +263,14 @@ class _Machine:
     self._look_up(module, name)
 
   def _look_up(self, module, name):
+    if not isinstance(module, str) or not isinstance(name, str):
+      raise TypeError('a name that is no text')
     if (module, name) not in _NAMES:
       refuse(
         self.path,
-        f'its pickle asks for {str(module)[:60]}.{str(name)[:60]}, which is '
+        f'its pickle asks for {module[:60]}.{name[:60]}, which is '
         'no tensor; nothing was executed',
-        _CONVERT,
+        CONVERT,
       )
     self.stack.append(_Global((module, name)))
 
@@ -276,7 +294,11 @@ class _Machine:
         raise TypeError('a parameter of something else')
       self.stack.append(arguments[0])
     elif function.name == _TENSOR:
-      storage, offset, shape, strides, *_ = arguments
+      storage, offset, shape, strides, _, _, *more = arguments
+      if any(
+        more
+      ):  # a conjugated or negated view: the bytes are not the values
+        raise ValueError('a view with a flag')
       numbers = (offset, *shape, *strides)
       if (
         not isinstance(storage, _Storage)
