@@ -6,6 +6,7 @@
 Modes:
   train      (default) train, or go on where DIR stopped; evaluate; save
   eval       evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)
+  ptq        quantize a trained float model, a table of methods and bits
   sites      print every quantizable product with its bits; needs no workdir
   benchmark  time the model beside its float twin
   export     write the weights in the layout of timm, transformers, torchvision
@@ -25,7 +26,7 @@ import shlex
 import signal
 import sys
 
-_MODES = ('train', 'eval', 'sites', 'benchmark', 'export')
+_MODES = ('train', 'eval', 'sites', 'benchmark', 'export', 'ptq')
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
 

@@ -140,6 +140,25 @@ def get_config():
     )
   )
 
+  c.ptq = ml_collections.ConfigDict(
+    dict(
+      # fp32 bf16 fp16, int8_dynamic int8_static int8_weight_only,
+      # int4_weight_only (also _g32, _g64, _g128), wXaY with X and Y among
+      # 2..8, 10, 12, 16. `+gptq+rotate` replaces a row's own solvers, `+plain`
+      # takes them away. Solvers: rotate gptq bias_correction.
+      rows=(
+        'fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
+        'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32',
+        'w8a8', 'w6a6', 'w4a8', 'w4a4', 'w4a4+plain', 'w3a3', 'w2a2+plain',
+      ),
+      calibration_examples=256,  # Images of the training split; >= 1.
+      # Of static activations: 'minmax' | 'percentile' | 'mse'
+      range='mse',
+      latency_batch=32,  # Images of a timed forward pass; >= 1.
+      rounds=7,  # Timed passes of each row beside float; >= 2.
+    )
+  )  # fmt: skip
+
   c.checkpoint = ml_collections.ConfigDict(
     dict(
       # Another run's workdir, or WORKDIR/checkpoints/STEP: what `eval`

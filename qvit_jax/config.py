@@ -120,6 +120,11 @@ LEGAL: dict[str, _Check] = {
   'eval.batch_size': _ONE_UP,
   'eval.num_examples': _ZERO_UP,
   'eval.every': _ZERO_UP,
+  'ptq.rows': _strings(),
+  'ptq.calibration_examples': _ONE_UP,
+  'ptq.range': _one_of('minmax', 'percentile', 'mse'),
+  'ptq.latency_batch': _ONE_UP,
+  'ptq.rounds': _number(2),
   'checkpoint.path': _ANY,
   'checkpoint.every': _ZERO_UP,
   'export.format': _one_of('safetensors', 'npz'),
@@ -195,12 +200,14 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 # Sections that a mode does not read; a flag for one of them is mentioned.
 UNUSED = {
-    'train': ('export',),
-    'eval': ('optim', 'train', 'export'),
+    'train': ('export', 'ptq'),
+    'eval': ('optim', 'train', 'export', 'ptq'),
+    'ptq': ('optim', 'train', 'export', 'log', 'mesh'),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
-              'mesh', 'log', 'seed', 'export'),
-    'benchmark': ('weights', 'checkpoint', 'log', 'export'),
-    'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed'),
+              'mesh', 'log', 'seed', 'export', 'ptq'),
+    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq'),
+    'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
+               'ptq'),
 }  # fmt: skip
 
 

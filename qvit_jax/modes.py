@@ -14,9 +14,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qvit_jax import benchmarks, files, models, restore, tree, weights
+from qvit_jax import (
+  benchmarks,
+  files,
+  models,
+  ptq_table,
+  restore,
+  tree,
+  weights,
+)
 from qvit_jax import config as config_lib
-from qvit_jax.errors import DivergedError, ExportError
+from qvit_jax.errors import ConfigError, DivergedError, ExportError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
 from qvit_jax.training import loop
@@ -267,6 +275,29 @@ def benchmark(config: Any, workdir: str) -> None:
     say(f'results in {place / "benchmark.json"}')
 
 
+def ptq(config: Any, workdir: str) -> None:
+  """Quantizes a trained float model in every way of `ptq.rows`."""
+  if config.quant.recipe != 'none':
+    raise ConfigError(
+      f'--mode=ptq starts from a float model, but quant.recipe is '
+      f'{config.quant.recipe!r}; set --config.quant.recipe=none'
+    )
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=ptq runs in one process; start it once')
+  with _opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    _header('ptq', experiment, place)
+    variables, origin = restore.start_of_eval(experiment, place)
+    for line in origin:
+      say(f'start     {line}')
+    params = {
+      name: np.asarray(x)
+      for name, x in tree.flatten(variables['params']).items()
+    }
+    rows = ptq_table.Table(experiment, params, place, say).run()
+    say(f'{len(rows)} rows; results in {place / "results.json"}')
+
+
 def export(config: Any, workdir: str) -> None:
   """Writes the float parameters in the layout of another library."""
   with _opened(workdir) as place:
@@ -333,4 +364,5 @@ MODES: dict[str, Callable[[Any, str], None]] = {
   'sites': sites,
   'benchmark': benchmark,
   'export': export,
+  'ptq': ptq,
 }

@@ -13,7 +13,8 @@ _KEYS = (
     'name', 'method', 'weight_bits', 'act_bits', 'loss', 'top1', 'top5',
     'f1_macro', 'num_examples', 'size_bytes', 'compression', 'bops', 'macs',
     'latency_ms', 'images_per_second', 'speedup', 'peak_memory_bytes',
-    'execution', 'per_class_top1', 'confusion', 'agreement', 'sqnr_db',
+    'execution', 'why', 'per_class_top1', 'confusion', 'agreement', 'sqnr_db',
+    'artifact_bytes', 'seconds',
 )  # fmt: skip
 _PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'aqtp', 'numpy',

@@ -1,8 +1,10 @@
 """Quantization: what is quantized how, and the cores that do it. Row 4."""
 
+from qvit_jax.quantization.qtensor import QTensor, dequantize, quantize
 from qvit_jax.quantization.recipes import RECIPES, build_ops, build_plan
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec, parse_spec
 
 __all__ = [
-    'RECIPES', 'QuantPlan', 'QuantSpec', 'build_ops', 'build_plan', 'parse_spec'
+    'RECIPES', 'QTensor', 'QuantPlan', 'QuantSpec', 'build_ops', 'build_plan',
+    'dequantize', 'parse_spec', 'quantize',
 ]  # fmt: skip

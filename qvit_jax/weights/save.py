@@ -98,7 +98,11 @@ def _fold_positions(ours: dict[str, np.ndarray], slots: str) -> None:
 
 
 def save_weights(
-  tensors: dict[str, np.ndarray], path: pathlib.Path, *, form: str
+  tensors: dict[str, np.ndarray],
+  path: pathlib.Path,
+  *,
+  form: str,
+  metadata: dict[str, str] | None = None,
 ) -> None:
   """Writes tensors; an older file is replaced only when all is written.
 
@@ -106,6 +110,7 @@ def save_weights(
     tensors: Tensor name to array.
     path: Where to.
     form: 'safetensors' or 'npz'.
+    metadata: Texts kept in the header of safetensors.
 
   Raises:
     ExportError: The disk does not take it.
@@ -117,7 +122,8 @@ def save_weights(
       with open(temporary, 'wb') as file:
         np.savez(file, **tensors)
     else:
-      safetensors.numpy.save_file(tensors, temporary, {'format': 'pt'})
+      texts = {'format': 'pt'} | (metadata or {})
+      safetensors.numpy.save_file(tensors, temporary, texts)
       temporary.chmod(0o666 & ~_umask())  # the package allows the owner alone
     temporary.replace(path)
   except (OSError, safetensors.SafetensorError) as error:
@@ -128,6 +134,12 @@ def save_weights(
       f'{path} cannot be written ({error}); free some space and run the same '
       'command again'
     ) from error
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+  """Returns the texts in the header of a safetensors file."""
+  with safetensors.safe_open(path, framework='numpy') as file:
+    return file.metadata() or {}
 
 
 def _umask() -> int:

@@ -1,0 +1,121 @@
+"""Packed models on disk: one safetensors file a row. Row 8.
+
+Codes, scales and what stays in float are its tensors; how each product runs
+stands in its header. No float copy of a packed kernel is written.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qvit_jax import tree, weights
+from qvit_jax.errors import WeightsError
+from qvit_jax.ops import FloatCore, Ops, Site
+from qvit_jax.quantization.integer_core import IntegerCore, SitePlan
+from qvit_jax.quantization.ptq import Packed
+from qvit_jax.quantization.qtensor import QTensor
+from qvit_jax.quantization.spec import QuantPlan, QuantSpec
+
+_FORMAT = 1
+_KEY = 'qvit_jax'
+
+
+def save(
+  packed: Packed, path: pathlib.Path, architecture: dict[str, Any]
+) -> int:
+  """Writes a packed model; returns the bytes of the file.
+
+  Raises:
+    ExportError: The disk does not take it.
+  """
+  quant = packed.variables.get('quant', {})
+  kernels = {
+    path: [kernel.bits, kernel.rows, kernel.group]
+    for path, kernel in _kernels(quant).items()
+    if isinstance(kernel, QTensor)
+  }
+  header = {
+    'format': _FORMAT,
+    'architecture': architecture,
+    'dtype': packed.dtype,
+    'execution': packed.execution,
+    'why': packed.why,
+    'granularity': packed.plan.act_granularity,
+    'specs': {
+      site.path: [spec.weights, spec.acts]
+      for site, spec in zip(packed.plan.sites, packed.plan.specs, strict=True)
+    },
+    'sites': {
+      path: dataclasses.asdict(plan) for path, plan in packed.site_plans.items()
+    },
+    'kernels': kernels,
+  }
+  flat = tree.flatten(packed.variables)
+  tensors = {
+    name: np.ascontiguousarray(np.asarray(x)) for name, x in flat.items()
+  }
+  weights.save_weights(
+    tensors, path, form='safetensors', metadata={_KEY: json.dumps(header)}
+  )
+  return path.stat().st_size
+
+
+def _kernels(quant: dict[str, Any]) -> dict[str, Any]:
+  """Returns {site path: kernel} of the collection `quant`."""
+  found: dict[str, Any] = {}
+
+  def walk(node, path):
+    for name, child in node.items():
+      if name == 'kernel':
+        found['/'.join(path)] = child
+      elif isinstance(child, dict):
+        walk(child, (*path, name))
+
+  walk(quant, ())
+  return found
+
+
+def load(
+  path: pathlib.Path, sites: Sequence[Site], architecture: dict[str, Any]
+) -> Packed:
+  """Returns the packed model of a file.
+
+  Raises:
+    WeightsError: The file is damaged, no artifact of ours, or of another model.
+  """
+  source = weights.open_source(path)
+  try:
+    header = json.loads(weights.read_metadata(path)[_KEY])
+  except (KeyError, ValueError) as error:
+    raise WeightsError(
+      f'weights {path}: it is no packed model of ours; give a file that '
+      '--mode=ptq wrote'
+    ) from error
+  if header['format'] > _FORMAT or header['architecture'] != architecture:
+    raise WeightsError(
+      f'weights {path}: it is of another model or a newer format; give model.* '
+      'the values it was made with'
+    )
+  flat = {
+    name: jnp.asarray(entry.read()) for name, entry in source.entries.items()
+  }
+  for site, (bits, rows, group) in header['kernels'].items():
+    name = f'quant/{site}/kernel'
+    data, scale = flat.pop(f'{name}/data'), flat.pop(f'{name}/scale')
+    flat[name] = QTensor(data, scale, bits, rows, group)
+  plans = {n: SitePlan(**plan) for n, plan in header['sites'].items()}
+  core = IntegerCore(tuple(plans.items())) if plans else FloatCore()
+  specs = tuple(QuantSpec(*header['specs'][site.path]) for site in sites)
+  return Packed(
+    tree.nest(flat),
+    Ops(core=core),
+    header['dtype'],
+    QuantPlan(tuple(sites), specs, header['granularity']),
+    header['execution'],
+    header['why'],
+  )

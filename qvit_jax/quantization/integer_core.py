@@ -1,0 +1,181 @@
+"""Products of integers from packed kernels: how a row of PTQ runs. Row 4.
+
+Codes travel as bf16 or float32 numbers ("carriers"): every integer up to 256
+is exact in bf16, and sums in float32 are exact below 2**24. Longer sums are
+cut into pieces and added as int32, so results are those of integer hardware,
+bit for bit, at the speed of the fastest product that XLA has.
+
+Activations have asymmetric codes. What is multiplied is code - zero, a whole
+number again, so that no correction is left to make.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qvit_jax.ops import Site, dot_general
+from qvit_jax.quantization import numerics
+from qvit_jax.quantization.qtensor import QTensor, dequantize
+
+# Codes of more bits are rounded, but travel and multiply as float32.
+MAX_PACKED_BITS = 8
+_EXACT = 2**24  # whole numbers below are exact in float32
+_BF16_EXACT = 2**8
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+  """How one product runs.
+
+  Attributes:
+    weights: Bits of the kernel; None: a float kernel.
+    acts: Bits of the activations; None: float activations.
+    is_static: Whether scales of activations were calibrated; else each row of
+      the product finds its own.
+  """
+
+  weights: int | None = None
+  acts: int | None = None
+  is_static: bool = False
+
+  @property
+  def is_integer(self) -> bool:
+    """Whether both operands are packed codes, so that integers are multiplied.
+
+    An attention product has no weights.
+    """
+    return self.acts is not None and max(self.acts, self.weights or 0) <= (
+      MAX_PACKED_BITS
+    )
+
+
+def exact_dot(lhs, rhs, dims, largest: int):
+  """Returns the exact product of two arrays of whole numbers, in float32.
+
+  Args:
+    lhs: Whole numbers, in any float type.
+    rhs: The same.
+    dims: `lax.dot_general`'s dimension numbers; one axis is contracted.
+    largest: Bound on |lhs| * |rhs|, elementwise.
+  """
+  ((axis,), (other,)), _ = dims
+  size = lhs.shape[axis]
+  piece = max(1, (_EXACT - 1) // largest)
+  if size <= piece:
+    return jax.lax.dot_general(
+      lhs, rhs, dims, preferred_element_type=jnp.float32
+    )
+  count = math.ceil(size / piece)
+  edges = [size * i // count for i in range(count + 1)]
+  total = jnp.zeros((), jnp.int32)
+  for low, high in zip(edges, edges[1:], strict=False):
+    part = jax.lax.dot_general(
+      jax.lax.slice_in_dim(lhs, low, high, axis=axis),
+      jax.lax.slice_in_dim(rhs, low, high, axis=other),
+      dims,
+      preferred_element_type=jnp.float32,
+    )
+    total = total + part.astype(jnp.int32)
+  return total.astype(jnp.float32)
+
+
+def _carrier(bits: int):
+  return jnp.bfloat16 if 2**bits <= _BF16_EXACT else jnp.float32
+
+
+def _centered(x, bits: int, axes, stored):
+  """Returns (code - zero, scale) of activations.
+
+  Args:
+    x: Activations.
+    bits: Of their codes.
+    axes: The contracted axes, over which a dynamic scale is shared.
+    stored: Calibrated (scale, zero), or None for a dynamic one.
+  """
+  x = x.astype(jnp.float32)
+  if stored is None:
+    scale, zero = numerics.scale_of(
+      x.min(axis=axes, keepdims=True),
+      x.max(axis=axes, keepdims=True),
+      bits,
+      symmetric=False,
+    )
+  else:
+    scale, zero = stored
+  codes = numerics.to_codes(x, scale, zero, bits, symmetric=False)
+  return (codes - zero).astype(_carrier(bits)), scale
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerCore:
+  """Reads packed kernels from the collection `quant`. See `ops.Core`.
+
+  Attributes:
+    sites: (path, plan) of every product.
+  """
+
+  sites: tuple[tuple[str, SitePlan], ...]
+  is_packed = True
+
+  def __call__(self, module, site: Site, lhs, rhs, dims):
+    """See `ops.Core`; `rhs` is None for a layer."""
+    plan = dict(self.sites)[site.path]
+    if site.is_layer:
+      return self._layer(module, plan, lhs)
+    return self._product(module, plan, lhs, rhs, dims)
+
+  def _stored(self, module, plan: SitePlan, side: str):
+    if not plan.is_static:
+      return None
+    read = module.get_variable
+    return read('quant', f'{side}_scale'), read('quant', f'{side}_zero')
+
+  def _layer(self, module, plan: SitePlan, x):
+    kernel = module.get_variable('quant', 'kernel')
+    axis = x.ndim - 1
+    dims = (((axis,), (0,)), ((), ()))
+    scale = None
+    if plan.acts is not None:
+      x, scale = _centered(
+        x, plan.acts, (axis,), self._stored(module, plan, 'lhs')
+      )
+    if not plan.is_integer or plan.weights is None:
+      w = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
+      if scale is not None:
+        x = x.astype(jnp.float32) * scale
+      return dot_general(x, w.astype(x.dtype), dims)
+    most = (2**plan.acts - 1) * 2 ** (plan.weights - 1)
+    w = kernel.codes.astype(x.dtype)
+    size = kernel.group
+    total = sum(
+      exact_dot(
+        x[..., g * size : (g + 1) * size],
+        w[g * size : (g + 1) * size],
+        dims,
+        most,
+      )
+      * row
+      for g, row in enumerate(kernel.scale)
+    )
+    return total * scale
+
+  def _product(self, module, plan: SitePlan, lhs, rhs, dims):
+    if plan.acts is None:
+      return dot_general(lhs, rhs, dims)
+    ((left,), (right,)), _ = dims
+    a, a_scale = _centered(
+      lhs, plan.acts, (left,), self._stored(module, plan, 'lhs')
+    )
+    b, b_scale = _centered(
+      rhs, plan.acts, (right,), self._stored(module, plan, 'rhs')
+    )
+    if plan.is_integer:
+      y = exact_dot(a, b, dims, (2**plan.acts - 1) ** 2)
+    else:
+      y = dot_general(a, b, dims)
+    if plan.is_static:
+      return y * a_scale * b_scale
+    # One number for each row of the left and each column of the right.
+    return y * jax.lax.dot_general(a_scale, b_scale, dims)

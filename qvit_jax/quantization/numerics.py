@@ -1,0 +1,109 @@
+"""Scales, rounding and clipping: pure functions. Row 4.
+
+Every quantizer here is affine: x is near scale * (code - zero), with integer
+codes from 0 to 2**bits - 1, or from -m to m with m = 2**(bits-1) - 1 and zero 0
+(symmetric). Source of the formulas: Jacob et al. 2018, arXiv:1712.05877,
+section 2.1; Nagel et al. 2021, arXiv:2106.08295, section 2.2.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Below it a channel is constant and any scale will do.
+_TINY = 1e-12
+
+
+def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
+  """Returns the smallest and the largest code."""
+  if symmetric:
+    most = 2 ** (bits - 1) - 1
+    return -most, most
+  return 0, 2**bits - 1
+
+
+def scale_of(
+  low: Float[Array, '*s'],
+  high: Float[Array, '*s'],
+  bits: int,
+  *,
+  symmetric: bool,
+) -> tuple[Float[Array, '*s'], Float[Array, '*s']]:
+  """Returns (scale, zero) of a quantizer that covers [low, high] and 0.
+
+  Args:
+    low: Smallest values, in the units of x.
+    high: Largest values.
+    bits: Of a code.
+    symmetric: Whether zero is fixed at code 0.
+
+  Returns:
+    scale: Distance of two levels; > 0.
+    zero: The code of x = 0, a whole number.
+  """
+  first, last = code_range(bits, symmetric=symmetric)
+  if symmetric:
+    most = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    scale = jnp.maximum(most / last, _TINY)
+    return scale, jnp.zeros_like(scale)
+  low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+  scale = jnp.maximum((high - low) / (last - first), _TINY)
+  return scale, jnp.round(-low / scale)
+
+
+def to_codes(
+  x: Float[Array, '...'],
+  scale: Float[Array, '...'],
+  zero: Float[Array, '...'],
+  bits: int,
+  *,
+  symmetric: bool,
+) -> Float[Array, '...']:
+  """Returns the nearest codes, as whole floats; half goes to even."""
+  first, last = code_range(bits, symmetric=symmetric)
+  return jnp.clip(jnp.round(x / scale) + zero, first, last)
+
+
+def from_codes(
+  codes: Float[Array, '...'],
+  scale: Float[Array, '...'],
+  zero: Float[Array, '...'],
+) -> Float[Array, '...']:
+  """Returns the values that codes stand for."""
+  return (codes - zero) * scale
+
+
+def round_to_grid(
+  x: Float[Array, '...'],
+  scale: Float[Array, '...'],
+  zero: Float[Array, '...'],
+  bits: int,
+  *,
+  symmetric: bool,
+) -> Float[Array, '...']:
+  """Returns x moved to the nearest level: quantized and dequantized."""
+  codes = to_codes(x, scale, zero, bits, symmetric=symmetric)
+  return from_codes(codes, scale, zero)
+
+
+def search_scale(
+  w: Float[Array, 'i o'], bits: int, *, steps: int = 80, least: float = 0.35
+) -> Float[Array, '1 o']:
+  """Returns the symmetric scale per column with the smallest squared error.
+
+  Candidates shrink the column's absolute maximum by equal steps down to
+  `least` of it (the OMSE search: Choukroun et al. 2019, arXiv:1902.06822).
+  """
+  widest, zero = scale_of(
+    w.min(axis=0, keepdims=True),
+    w.max(axis=0, keepdims=True),
+    bits,
+    symmetric=True,
+  )
+  best = jnp.full_like(widest, jnp.inf)
+  chosen = widest
+  for share in jnp.linspace(1.0, least, steps):
+    near = round_to_grid(w, widest * share, zero, bits, symmetric=True)
+    error = jnp.square(near - w).sum(axis=0, keepdims=True)
+    chosen = jnp.where(error < best, widest * share, chosen)
+    best = jnp.minimum(error, best)
+  return chosen
