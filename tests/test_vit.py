@@ -459,6 +459,7 @@ def test_core_computes_every_product():
     y = FloatCore()(module, site, lhs, rhs, dims)
     return 2 * y if site.path == 'head' else y
 
+  doubled_head.is_packed = False
   logits = logits_of(config, variables, Ops(core=doubled_head))
   bias = variables['params']['head']['bias']
   plain = logits_of(config, variables)
