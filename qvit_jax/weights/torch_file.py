@@ -169,6 +169,7 @@ class _Machine:
     self.path, self.stack, self.memo = path, [], {}
 
   def run(self, data: bytes) -> Any:
+    """Returns what the pickle leaves on the stack."""
     for code, argument, _ in pickletools.genops(data):
       if code.name == 'STOP':
         return self.stack.pop()
