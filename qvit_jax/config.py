@@ -187,6 +187,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'optim.warmup_steps is set; add --config.optim.warmup_steps=0',
     ),
     (
+        ('ptq.range',),
+        lambda c: any('static' in row for row in c.ptq.rows),
+        'no row of ptq.rows is static; add int8_static',
+    ),
+    (
         ('weights.required',),
         lambda c: c.weights.path,
         'weights.path is empty; set --config.weights.path=',

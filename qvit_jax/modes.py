@@ -300,6 +300,8 @@ def ptq(config: Any, workdir: str) -> None:
 
 def export(config: Any, workdir: str) -> None:
   """Writes the float parameters in the layout of another library."""
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=export runs in one process; start it once')
   with _opened(workdir) as place:
     model, kind = Model(config), config.export
     say('mode      export')
@@ -335,13 +337,18 @@ def export(config: Any, workdir: str) -> None:
       say('note: the float parameters are written; this form knows no bits')
     tensors = weights.translate(tree.nest(params), kind.layout)
     target = place / 'export' / f'model.{kind.format}'
-    for old in (place / 'export').glob('*'):  # of another layout or format
-      old.unlink()
     weights.save_weights(tensors, target, form=kind.format)
+    stale = {'model.safetensors', 'model.npz', 'config.json'} - {target.name}
     if kind.layout.startswith('hf'):
       facts = models.architecture(config)
       text = weights.hf_config(facts, kind.layout, config.model.num_classes)
       files.write_text(target.with_name('config.json'), text)
+      stale.remove('config.json')
+    elif weights.LAYOUTS[kind.layout].norm_eps != there:
+      usual = weights.LAYOUTS[kind.layout].norm_eps
+      say(f'note: build it with LayerNorm epsilon {there:g}, not {usual:g}')
+    for name in stale:  # of an export in another layout or format
+      target.with_name(name).unlink(missing_ok=True)
     again, _ = weights.read_weights(str(target), model.shapes['params'])
     same = all(np.array_equal(again[n], params[n]) for n in params)
     largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)

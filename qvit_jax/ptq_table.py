@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -60,6 +61,11 @@ class Table:
     self.stream = models.stream(config)
     self._stats: dict[bool, dict[str, calibrate.SiteStats]] = {}
     self._check_calibration()
+    # Rows of an earlier run count only if they are of the same weights.
+    digest = hashlib.sha256()
+    for name, values in sorted(params.items()):
+      digest.update(name.encode() + values.tobytes())
+    self._digest = digest.hexdigest()
 
   def _check_calibration(self) -> None:
     asked = self.config.ptq.calibration_examples
@@ -100,13 +106,15 @@ class Table:
     digest = report.config_digest(config_lib.to_json(self.config))
     if old.get('config_digest') != digest:
       return {}
+    if old.get('weights_digest') != self._digest:  # trained further since
+      return {}
     return {row['name']: row for row in old['rows']}
 
   def _write(self, baseline, rows) -> None:
     resolved = config_lib.to_json(self.config)
-    files.write_json(
-      self.place / 'results.json', report.results(resolved, baseline, rows)
-    )
+    content = report.results(resolved, baseline, rows)
+    content['weights_digest'] = self._digest
+    files.write_json(self.place / 'results.json', content)
 
   # One row.
 

@@ -68,10 +68,17 @@ def test_a_run_starts_from_the_file_and_says_what_it_took(
       np.testing.assert_allclose(exported[name], theirs[name], atol=1e-9)
 
 
-def test_a_quantized_run_starts_from_the_same_file(config, tmp_path):
+def test_a_quantized_run_starts_from_the_same_file(
+  config, ten_classes, tmp_path
+):
+  config.weights.path = str(ten_classes)
+  config.optim.lr = 1e-12
+  modes.run('eval', config, str(tmp_path / 'float'))
   config.quant.update(recipe='aqt', default='w8a8')
-  modes.run('train', config, str(tmp_path))
-  assert results(tmp_path)['weight_bits'] == 8
+  modes.run('train', config, str(tmp_path / 'aqt'))
+  assert results(tmp_path / 'aqt')['weight_bits'] == 8
+  loss = results(tmp_path / 'float')['loss']
+  assert results(tmp_path / 'aqt')['loss'] == pytest.approx(loss, rel=0.02)
 
 
 def test_a_file_is_evaluated_as_it_is(config, ten_classes, tmp_path, capsys):
@@ -160,8 +167,16 @@ def test_an_export_leaves_nothing_of_the_one_before(config, tmp_path):
   modes.run('export', config, str(tmp_path))
   config.export.update(layout='timm', format='npz')
   modes.run('export', config, str(tmp_path))
-  names = {path.name for path in (tmp_path / 'export').iterdir()}
+  folder = tmp_path / 'export'
+  names = {path.name for path in folder.iterdir()}
   assert names == {'model.npz', 'parity.json'}
+  # Nothing that is not ours goes, nor anything before the new file is there.
+  (folder / 'notes.txt').write_text('')
+  config.model.layer_scale = 1.0
+  with pytest.raises(WeightsError, match='missing'):
+    modes.run('export', config, str(tmp_path))
+  names = {path.name for path in folder.iterdir()}
+  assert names == {'model.npz', 'parity.json', 'notes.txt'}
 
 
 def test_nothing_to_export_is_said(config, tmp_path):

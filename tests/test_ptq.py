@@ -368,6 +368,7 @@ def test_bias_correction_restores_the_mean_output():
     ('w9a4', ('bits outside', '2, 3, 4')),
     ('w1a4', ('bits outside',)),
     ('bf16+gptq', ('in float', 'leave gptq out')),
+    ('int4_weight_only_g32+gptq', ('one for each output channel',)),
   ],
 )
 def test_an_unknown_row_names_the_nearest(name, parts):
@@ -466,6 +467,32 @@ def test_the_table_of_a_run(trained, tmp_path, capsys):
   modes.run('ptq', config, str(tmp_path))
   assert capsys.readouterr().out.count('done before') == len(names)
   assert read(tmp_path)['rows'] == result['rows']
+
+
+def test_rows_of_other_weights_are_measured_anew(trained, tmp_path, capsys):
+  config = ptq_config(trained, 'bf16')
+  modes.run('ptq', config, str(tmp_path))
+  result = read(tmp_path)
+  for name in ('rows', 'weights_digest'):
+    assert result[name]
+  result['weights_digest'] = 'of other weights'
+  (tmp_path / 'results.json').write_text(json.dumps(result))
+  capsys.readouterr()
+  modes.run('ptq', config, str(tmp_path))
+  assert 'done before' not in capsys.readouterr().out
+
+
+def test_gptq_is_not_left_out_above_eight_bits():
+  config = rich_config()
+  params, sites = random_params(config), models.list_sites(config)
+  stats = collect(config, params, [normal((64, 8, 8, 3))], hessians=True)
+  packed = {
+    name: ptq.apply_row(
+      rows.parse_row(name), params, sites, stats, range_method='mse'
+    ).variables['quant']['encoder']['block_00']['mlp']['fc1']['kernel']
+    for name in ('w10a16+plain', 'w10a16+gptq')
+  }
+  assert jnp.abs(packed['w10a16+plain'] - packed['w10a16+gptq']).max() > 0
 
 
 def test_a_packed_model_comes_back_from_its_file(trained, tmp_path):

@@ -19,10 +19,8 @@ from qvit_jax.quantization.integer_core import (
   IntegerCore,
   SitePlan,
 )
-from qvit_jax.quantization.rows import Row
+from qvit_jax.quantization.rows import STEM_ACTS, Row
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
-
-_STEM_ACTS = 8  # bits at least: pixels do not survive fewer
 
 
 @dataclasses.dataclass
@@ -143,7 +141,7 @@ def _site_plan(row: Row, site: Site) -> tuple[QuantSpec, SitePlan]:
   if not site.is_layer:
     weights, acts = None, acts if row.attention else None
   elif acts and site.kind == 'conv':
-    acts = max(acts, _STEM_ACTS)
+    acts = max(acts, STEM_ACTS)
   is_static = row.is_static and acts is not None
   return QuantSpec(weights, acts), SitePlan(weights, acts, is_static)
 
@@ -152,11 +150,14 @@ def _pack(row: Row, site: Site, w, stats):
   """Returns (QTensor, or a float matrix on the grid; change of the bias)."""
   bits = row.weights
   try:
-    if 'gptq' in row.solvers and bits <= MAX_PACKED_BITS and not row.group:
+    if 'gptq' in row.solvers:
       scale = numerics.search_scale(w, bits)
       hessian = jnp.asarray(stats[site.path].hessian)
       codes = gptq.round_by_outputs(w, hessian, scale, bits=bits)
-      packed = qtensor.from_codes(codes, scale, bits)
+      if bits > MAX_PACKED_BITS:
+        packed = codes * scale
+      else:
+        packed = qtensor.from_codes(codes, scale, bits)
     elif bits > MAX_PACKED_BITS:
       scale = numerics.search_scale(w, bits, steps=1)
       packed = numerics.round_to_grid(

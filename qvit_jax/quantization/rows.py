@@ -7,6 +7,7 @@ import re
 from qvit_jax.errors import ConfigError
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+STEM_ACTS = 8  # bits at least: pixels do not survive fewer
 SOLVERS = ('rotate', 'gptq', 'bias_correction')
 _FLOAT = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 
@@ -54,6 +55,8 @@ class Row:
       parts.append('weights only')
     if self.group:
       parts.append(f'groups of {self.group}')
+    if self.acts and self.acts < STEM_ACTS:
+      parts.append(f'stem activations {STEM_ACTS} bit')
     return ', '.join([*parts, *self.solvers])
 
 
@@ -83,6 +86,11 @@ def parse_row(text: str) -> Row:
     raise ConfigError(
       f'ptq.rows: {text!r} is in float, which solvers do not change; leave '
       f'{"+".join(asked)} out'
+    )
+  if row.group and 'gptq' in asked:
+    raise ConfigError(
+      f'ptq.rows: {text!r} has weight scales in groups, gptq wants one for '
+      'each output channel; use int4_weight_only, or leave gptq out'
     )
   ordered = tuple(s for s in SOLVERS if s in asked)
   return dataclasses.replace(row, name=text, solvers=ordered)
