@@ -4,12 +4,14 @@
                  [--config.section.field=value ...]
 
 Modes:
-  train      (default) train, or go on where DIR stopped; evaluate; save
-  eval       evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)
-  ptq        quantize a trained float model, a table of methods and bits
-  sites      print every quantizable product with its bits; needs no workdir
-  benchmark  time the model beside its float twin
-  export     write the weights in the layout of timm, transformers, torchvision
+  train        (default) train, or go on where DIR stopped; evaluate; save
+  eval         evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)
+  ptq          quantize a trained float model, a table of methods and bits
+  sensitivity  quantize each product alone; rank them, choose bits for each
+  sites        print every quantizable product with its bits; needs no workdir
+  benchmark    time the model beside its float twin
+  export       write the weights in the layout of timm, transformers or others,
+               or packed into integers
 
 Every field of a config is explained in configs/common.py. --debug prints the
 traceback of an error. Exit codes: 0 done, 2 wrong input, 75 stopped by a
@@ -26,7 +28,9 @@ import shlex
 import signal
 import sys
 
-_MODES = ('train', 'eval', 'sites', 'benchmark', 'export', 'ptq')
+_MODES = (
+    'train', 'eval', 'sites', 'benchmark', 'export', 'ptq', 'sensitivity',
+)  # fmt: skip
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
 

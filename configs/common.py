@@ -50,7 +50,9 @@ def get_config():
 
   c.quant = ml_collections.ConfigDict(
     dict(
-      recipe='none',  # 'none' (float) | 'aqt' (AQT, straight-through)
+      # 'none' (float) | 'aqt' (AQT, straight-through) | 'ptq' (with
+      # --mode=eval: the packed model that checkpoint.path names)
+      recipe='none',
       # Bits of every layer: 'wXaY', 'wX' (weights only), 'aY'
       # (activations only) or 'float'; X and Y are 2 to 8.
       default='w4a4',
@@ -144,18 +146,39 @@ def get_config():
     dict(
       # fp32 bf16 fp16, int8_dynamic int8_static int8_weight_only,
       # int4_weight_only (also _g32, _g64, _g128), wXaY with X and Y among
-      # 2..8, 10, 12, 16. `+gptq+rotate` replaces a row's own solvers, `+plain`
-      # takes them away. Solvers: rotate gptq bias_correction.
+      # 2..8, 10, 12, 16, mixed_simple mixed_variance mixed_sensitivity,
+      # int8_clip_99.9 (also _99, _95, and int4). `+gptq+rotate` replaces a
+      # row's own solvers, `+plain` is min-max rounding. Solvers: rotate
+      # smooth_quant reparametrize, hadamard, gptq adaround, log2_softmax
+      # twin_softmax, bias_correction tune.
       rows=(
         'fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
         'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32',
         'w8a8', 'w6a6', 'w4a8', 'w4a4', 'w4a4+plain', 'w3a3', 'w2a2+plain',
+        'int8_clip_99.9', 'mixed_simple', 'mixed_variance', 'mixed_sensitivity',
       ),
       calibration_examples=256,  # Images of the training split; >= 1.
-      # Of static activations: 'minmax' | 'percentile' | 'mse'
+      # A folder `calibration` that an earlier run of the same weights wrote;
+      # '' = the workdir's own.
+      calibration_path='',
+      # Of static activations: 'minmax' | 'moving_average' | 'percentile' |
+      # 'mse' | 'entropy'
       range='mse',
+      # Static scales: 'per_tensor' | 'per_position' (each token position; each
+      # head of attention products; each channel of values)
+      scales='per_tensor',
+      # Specs that mixed_sensitivity chooses from and --mode=sensitivity tries.
+      choices=('w4a4', 'w4a8', 'w8a8'),
+      sensitivity_examples=64,  # Images for the effect of one site; >= 1.
+      # Most that mixed_sensitivity may take. Both 0: bytes halfway between the
+      # smallest and the largest choice.
+      budget_mb=0.0,  # Packed kernels with scales, in 10**6 bytes; >= 0.
+      budget_gbops=0.0,  # 10**9 bit operations an image; >= 0.
+      tune_steps=200,  # Updates of the solver tune; >= 1.
       latency_batch=32,  # Images of a timed forward pass; >= 1.
       rounds=7,  # Timed passes of each row beside float; >= 2.
+      # Workdirs of quantization-aware training, shown beside the rows.
+      qat_runs=(),
     )
   )  # fmt: skip
 
@@ -163,6 +186,7 @@ def get_config():
     dict(
       # Another run's workdir, or WORKDIR/checkpoints/STEP: what `eval`
       # evaluates and what a new `train` run starts from. '' = own workdir.
+      # With quant.recipe='ptq': the file of a packed model.
       path='',
       every=0,  # Updates between saves; 0 = at each evaluation.
     )
@@ -170,7 +194,9 @@ def get_config():
 
   c.export = ml_collections.ConfigDict(
     dict(
-      format='safetensors',  # 'safetensors' | 'npz'
+      # 'safetensors' | 'npz' | 'packed' (the integers of a run with
+      # quant.recipe='aqt'; layout has no effect)
+      format='safetensors',
       # Whose names and axes: 'timm' | 'timm_distilled' | 'dinov2' | 'hf' |
       # 'hf_deit' | 'hf_dinov2' | 'torchvision' | 'google'
       layout='timm',

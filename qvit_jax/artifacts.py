@@ -21,7 +21,7 @@ from qvit_jax.quantization.ptq import Packed
 from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = 'qvit_jax'
 
 
@@ -78,6 +78,12 @@ def _kernels(quant: dict[str, Any]) -> dict[str, Any]:
 
   walk(quant, ())
   return found
+
+
+def is_artifact(path: str) -> bool:
+  """Returns whether a path names a packed model of ours, by its content."""
+  place = pathlib.Path(path)
+  return place.is_file() and _KEY in weights.read_metadata(place)
 
 
 def load(

@@ -74,7 +74,7 @@ LEGAL: dict[str, _Check] = {
   'model.stochastic_depth': _BELOW_ONE,
   'model.dtype': _one_of('bfloat16', 'float32'),
   'model.remat': _BOOL,
-  'quant.recipe': _one_of('none', 'aqt'),
+  'quant.recipe': _one_of('none', 'aqt', 'ptq'),
   'quant.default': _ANY,
   'quant.attention': _ANY,
   'quant.rules': _ANY,
@@ -122,12 +122,25 @@ LEGAL: dict[str, _Check] = {
   'eval.every': _ZERO_UP,
   'ptq.rows': _strings(),
   'ptq.calibration_examples': _ONE_UP,
-  'ptq.range': _one_of('minmax', 'percentile', 'mse'),
+  'ptq.calibration_path': _ANY,
+  'ptq.range': _one_of(
+    'minmax', 'moving_average', 'percentile', 'mse', 'entropy'
+  ),
+  'ptq.scales': _one_of('per_tensor', 'per_position'),
+  'ptq.choices': _strings(),
+  'ptq.sensitivity_examples': _ONE_UP,
+  'ptq.budget_mb': _ZERO_UP,
+  'ptq.budget_gbops': _ZERO_UP,
+  'ptq.tune_steps': _ONE_UP,
   'ptq.latency_batch': _ONE_UP,
   'ptq.rounds': _number(2),
+  'ptq.qat_runs': (
+    lambda v: v == () or _strings()[0](v) and not isinstance(v, str),
+    'a tuple of workdirs',
+  ),
   'checkpoint.path': _ANY,
   'checkpoint.every': _ZERO_UP,
-  'export.format': _one_of('safetensors', 'npz'),
+  'export.format': _one_of('safetensors', 'npz', 'packed'),
   'export.layout': _one_of(
     'timm',
     'timm_distilled',
@@ -152,8 +165,19 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ('quant.default', 'quant.attention', 'quant.rules',
          'quant.act_granularity'),
-        lambda c: c.quant.recipe != 'none',
-        "quant.recipe is 'none'; set --config.quant.recipe=aqt",
+        lambda c: c.quant.recipe not in ('none', 'ptq'),
+        "quant.recipe is 'none' or 'ptq'; set --config.quant.recipe=aqt",
+    ),
+    (
+        ('model.dtype',),
+        lambda c: c.quant.recipe != 'ptq',
+        'a packed model computes in the dtype that it was packed with',
+    ),
+    (
+        ('export.layout',),
+        lambda c: c.export.format != 'packed',
+        "export.format is 'packed', whose names are our own; set "
+        '--config.export.format=safetensors',
     ),
     (
         ('model.patch', 'model.width', 'model.depth', 'model.heads',
@@ -192,6 +216,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'no row of ptq.rows is static; add int8_static',
     ),
     (
+        ('ptq.scales',),
+        lambda c: any('static' in r or 'clip' in r for r in c.ptq.rows),
+        'no row of ptq.rows is static; add int8_static',
+    ),
+    (
         ('weights.required',),
         lambda c: c.weights.path,
         'weights.path is empty; set --config.weights.path=',
@@ -208,6 +237,7 @@ UNUSED = {
     'train': ('export', 'ptq'),
     'eval': ('optim', 'train', 'export', 'ptq'),
     'ptq': ('optim', 'train', 'export', 'log', 'mesh'),
+    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh'),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
               'mesh', 'log', 'seed', 'export', 'ptq'),
     'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq'),
@@ -274,6 +304,12 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     raise ConfigError(
       'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
       'positive number'
+    )
+  if config.quant.recipe == 'ptq' and mode != 'eval':
+    recipes = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
+    raise ConfigError(
+      "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
+      f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
     )
   overrides = list(overrides)
   for fields, counts, hint in _NEEDS:

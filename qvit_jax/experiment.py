@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from qvit_jax import config as config_lib
-from qvit_jax import models, quantization, tree
+from qvit_jax import models, tree
 from qvit_jax.data import Data, find_data, open_data, preprocess
 from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.ops import Ops
+from qvit_jax.quantization import build_ops, build_plan
+from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import make_train_step
@@ -23,19 +25,30 @@ from qvit_jax.training.step import make_train_step
 class Model:
   """A model, its plan and its arithmetic; makes no array."""
 
-  def __init__(self, config):
-    """Builds it. Raises ConfigError, QuantError or RuleError."""
-    self.config = config
-    self.plan = quantization.build_plan(config.quant, models.list_sites(config))
-    self.ops: Ops = quantization.build_ops(config.quant, self.plan)
+  def __init__(self, config, packed: Packed | None = None):
+    """Builds it.
+
+    Args:
+      config: A validated config.
+      packed: What to build instead of `config.quant`; `shapes` are then those
+        of the float model that was packed.
+
+    Raises:
+      QvitError: The config describes no possible model.
+    """
+    self.config, self.packed = config, packed
+    sites = models.list_sites(config)
+    self.plan = packed.plan if packed else build_plan(config.quant, sites)
+    self.ops: Ops = packed.ops if packed else build_ops(config.quant, self.plan)
     self.module = models.build_model(config, self.ops)
+    self._trained = models.build_model(config) if packed else self.module
     size = config.model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     self.shapes = jax.eval_shape(self.init, jax.random.key(0), images)
 
   def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Returns fresh variables, by collection."""
-    return dict(self.module.init(key, images))
+    return dict(self._trained.init(key, images))
 
   @property
   def title(self) -> str:
@@ -70,19 +83,47 @@ class Model:
 
   def size_bytes(self) -> int:
     """Returns the bytes of the parameters at the plan's bits."""
+    if self.packed:
+      return self.packed.num_bytes()
     return tree.num_bytes(self.shapes['params']) - self.plan.saved_bytes()
+
+  def row_facts(self) -> dict[str, Any]:
+    """Returns what a row of results.json says of the model itself."""
+    recipe, size = self.config.quant.recipe, self.size_bytes()
+    facts = {
+      'method': recipe,
+      'weight_bits': self.plan.bits('weights'),
+      'act_bits': self.plan.bits('acts'),
+      'size_bytes': size,
+      'compression': tree.num_bytes(self.shapes['params']) / size,
+      'bops': self.plan.bops(),
+      'macs': self.plan.macs(),
+      # Training and evaluation round to the grid but keep float arrays.
+      'execution': 'float' if recipe == 'none' else 'simulated',
+    }
+    if self.packed:
+      facts |= {'execution': self.packed.execution, 'why': self.packed.why}
+    return facts
 
 
 class Experiment:
   """A model on its mesh with its data, optimizer and compiled functions."""
 
-  def __init__(self, config, *, training: bool, data: Data | None = None):
+  def __init__(
+    self,
+    config,
+    *,
+    training: bool,
+    data: Data | None = None,
+    packed: Packed | None = None,
+  ):
     """Builds everything up to, but without, the first array.
 
     Args:
       config: A validated config.
       training: False builds only what evaluation needs.
       data: An opened data set to share; by default it is opened here.
+      packed: The model of an artifact; see `Model`.
 
     Raises:
       QvitError: Some part of the config cannot be.
@@ -90,7 +131,7 @@ class Experiment:
     self.config = config
     if data is None:
       find_data(config)
-    self.model = Model(config)
+    self.model = Model(config, packed)
     self.mesh = sharding.make_mesh(config)
     self.data = data or open_data(config, training=training)
     if training:

@@ -1,4 +1,4 @@
-"""What `--mode` may be: one function each. Row 9; knows nothing of flags."""
+"""What `--mode` may be: one function each. Row 12; knows nothing of flags."""
 
 import contextlib
 import copy
@@ -15,15 +15,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qvit_jax import (
+  artifacts,
   benchmarks,
   files,
   models,
+  packing,
   ptq_table,
   restore,
   tree,
   weights,
 )
 from qvit_jax import config as config_lib
+from qvit_jax import sensitivity as sensitivity_lib
 from qvit_jax.errors import ConfigError, DivergedError, ExportError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
@@ -185,7 +188,8 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
   with _opened(workdir) as place:
-    experiment = Experiment(config, training=False)
+    packed = restore.open_packed(config)
+    experiment = Experiment(config, training=False, packed=packed)
     _header('eval', experiment, place)
     variables, origin = restore.start_of_eval(experiment, place)
     for line in origin:
@@ -217,24 +221,11 @@ def _write_results(
 ) -> None:
   if jax.process_index() != 0:
     return
-  model, quant = experiment.model, experiment.config.quant
-  plan = model.plan
-  quantized = quant.recipe != 'none'
-  size = model.size_bytes()
-  full = tree.num_bytes(model.shapes['params'])
-  row = report.make_row(
-    name=name,
-    method=quant.recipe,
-    weight_bits=plan.bits('weights'),
-    act_bits=plan.bits('acts'),
-    size_bytes=size,
-    compression=full / size,
-    bops=plan.bops(),
-    macs=plan.macs(),
-    # Training and evaluation round to the grid but keep float arrays.
-    execution='simulated' if quantized else 'float',
-    **metrics,
-  )
+  facts = experiment.model.row_facts()
+  if experiment.model.packed:
+    artifact = pathlib.Path(experiment.config.checkpoint.path)
+    facts['artifact_bytes'] = artifact.stat().st_size
+  row = report.make_row(name=name, **facts, **metrics)
   resolved = config_lib.to_json(experiment.config)
   files.write_json(place / 'results.json', report.results(resolved, row, []))
 
@@ -275,37 +266,70 @@ def benchmark(config: Any, workdir: str) -> None:
     say(f'results in {place / "benchmark.json"}')
 
 
-def ptq(config: Any, workdir: str) -> None:
-  """Quantizes a trained float model in every way of `ptq.rows`."""
+def _check_float(mode: str, config: Any) -> None:
+  """Raises ConfigError where a mode cannot start from a float model."""
+  if artifacts.is_artifact(config.checkpoint.path):
+    raise ConfigError(
+      f'checkpoint.path={config.checkpoint.path!r} is already quantized; give '
+      'the workdir of a float run, or evaluate the file with --mode=eval '
+      '--config.quant.recipe=ptq'
+    )
   if config.quant.recipe != 'none':
     raise ConfigError(
-      f'--mode=ptq starts from a float model, but quant.recipe is '
+      f'--mode={mode} starts from a float model, but quant.recipe is '
       f'{config.quant.recipe!r}; set --config.quant.recipe=none'
     )
   if jax.process_count() > 1:
-    raise ConfigError('--mode=ptq runs in one process; start it once')
+    raise ConfigError(f'--mode={mode} runs in one process; start it once')
+
+
+def _float_params(
+  experiment: Experiment, place: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """Returns the trained parameters by path and says whence they are."""
+  variables, origin = restore.start_of_eval(experiment, place)
+  for line in origin:
+    say(f'start     {line}')
+  params = tree.flatten(variables['params'])
+  return {name: np.asarray(x) for name, x in params.items()}
+
+
+def ptq(config: Any, workdir: str) -> None:
+  """Quantizes a trained float model in every way of `ptq.rows`."""
+  _check_float('ptq', config)
   with _opened(workdir) as place:
     experiment = Experiment(config, training=True)
     _header('ptq', experiment, place)
-    variables, origin = restore.start_of_eval(experiment, place)
-    for line in origin:
-      say(f'start     {line}')
-    params = {
-      name: np.asarray(x)
-      for name, x in tree.flatten(variables['params']).items()
-    }
+    params = _float_params(experiment, place)
     rows = ptq_table.Table(experiment, params, place, say).run()
     say(f'{len(rows)} rows; results in {place / "results.json"}')
 
 
+def sensitivity(config: Any, workdir: str) -> None:
+  """Quantizes each product of a trained float model alone; ranks them."""
+  _check_float('sensitivity', config)
+  with _opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    _header('sensitivity', experiment, place)
+    params = _float_params(experiment, place)
+    table = sensitivity_lib.measure(experiment, params, place, say)
+    sites = experiment.model.plan.sites
+    for line in sensitivity_lib.describe(config, sites, table):
+      say(line)
+    say(f'{len(sites)} sites; results in {place / "sensitivity.json"}')
+
+
 def export(config: Any, workdir: str) -> None:
-  """Writes the float parameters in the layout of another library."""
+  """Writes a packed model, or float parameters in the layout of others."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=export runs in one process; start it once')
   with _opened(workdir) as place:
     model, kind = Model(config), config.export
     say('mode      export')
     say(f'model     {model.title}')
+    if kind.format == 'packed':
+      packing.export(model, place, say)
+      return
     has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
     path = config.checkpoint.path or (
       str(place) if has_own else config.weights.path
@@ -338,7 +362,8 @@ def export(config: Any, workdir: str) -> None:
     tensors = weights.translate(tree.nest(params), kind.layout)
     target = place / 'export' / f'model.{kind.format}'
     weights.save_weights(tensors, target, form=kind.format)
-    stale = {'model.safetensors', 'model.npz', 'config.json'} - {target.name}
+    stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
+    stale.remove(target.name)
     if kind.layout.startswith('hf'):
       facts = models.architecture(config)
       text = weights.hf_config(facts, kind.layout, config.model.num_classes)
@@ -372,4 +397,5 @@ MODES: dict[str, Callable[[Any, str], None]] = {
   'benchmark': benchmark,
   'export': export,
   'ptq': ptq,
+  'sensitivity': sensitivity,
 }

@@ -69,6 +69,7 @@ class Stream:
     values: (value, out) layers of each attention.
     queries: (query, key) layers of each attention whose products may be turned
       together; empty where a norm stands between.
+    hidden: Layers behind a nonlinearity, whose inputs no kernel can turn.
   """
 
   tokens: tuple[str, ...]
@@ -76,6 +77,7 @@ class Stream:
   readers: tuple[tuple[str, tuple[str, ...]], ...]
   values: tuple[tuple[str, str], ...]
   queries: tuple[tuple[str, str], ...]
+  hidden: tuple[str, ...]
 
 
 @runtime_checkable
@@ -153,7 +155,9 @@ class Ops:
   core: Core = FloatCore()
   delta: Callable[[nn.Module, Site, Array], Array] | None = None
   rectify: Callable[[nn.Module, str, Array], Array] | None = None
-  tap: Callable[[nn.Module, Site, Array, Array | None], None] | None = None
+  tap: (
+    Callable[[nn.Module, Site, Array, Array | None, DotDims], None] | None
+  ) = None
 
 
 class SiteDense(nn.Module):
@@ -200,9 +204,10 @@ class SiteDense(nn.Module):
       matrix,
       math.prod(x.shape[1:]) * matrix[1],
     )
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
     if self.ops.tap is not None:
-      self.ops.tap(self, site, x, w)
-    y = self.ops.core(self, site, x, w, (((x.ndim - 1,), (0,)), ((), ())))
+      self.ops.tap(self, site, x, w, dims)
+    y = self.ops.core(self, site, x, w, dims)
     if self.ops.delta is not None:
       y = y + self.ops.delta(self, site, x)
     y = y.reshape(*lead, *self.features) + bias
@@ -240,5 +245,5 @@ class SiteProduct(nn.Module):
       math.prod(out.shape[1:]) * inner,
     )
     if self.ops.tap is not None:
-      self.ops.tap(self, site, lhs, rhs)
+      self.ops.tap(self, site, lhs, rhs, self.dims)
     return self.ops.core(self, site, lhs, rhs, self.dims)

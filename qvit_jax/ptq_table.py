@@ -1,8 +1,6 @@
-"""What `--mode=ptq` runs: every row, packed, measured beside float. Row 9."""
+"""What `--mode=ptq` runs: every row, packed, measured beside float. Row 11."""
 
-import copy
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
@@ -13,27 +11,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvit_jax import artifacts, files, models, tree
+from qvit_jax import (
+  artifacts,
+  calibration,
+  files,
+  findings,
+  models,
+  sensitivity,
+)
 from qvit_jax import config as config_lib
+from qvit_jax.calibration import Calibration, build_model, nest
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import benchmark as timing
-from qvit_jax.evaluation import report
-from qvit_jax.evaluation.metrics import EvalSums, summarize
+from qvit_jax.evaluation import page, report
+from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
 from qvit_jax.experiment import Experiment
-from qvit_jax.quantization import calibrate, ptq
+from qvit_jax.quantization import calibrate, compare, ptq
 from qvit_jax.quantization.rows import Row, parse_row
+from qvit_jax.quantization.tune import tune
 
-_CALIBRATION_BATCH = 32
-# A row this far below float, or that names this few classes, has collapsed.
-_COLLAPSE_POINTS = 0.2
-_COLLAPSE_CLASSES = 0.25
-_BASELINE = 'fp32'
+# Images for the noise of each product, and how many are held at once.
+_NOISE_IMAGES, _NOISE_BATCH = 32, 8
+_BASELINE, _RIVAL = 'fp32', 'bf16'
 
 
 @dataclasses.dataclass
 class _Measured:
-  """Logits of every evaluated image, and how long a batch takes."""
+  """Logits of every evaluated image, and how a batch is run for timing."""
 
   logits: np.ndarray
   run: Callable[[], Any]
@@ -50,37 +55,39 @@ class Table:
     place: pathlib.Path,
     say: Callable[[str], None],
   ):
-    """Takes the model's float parameters, as host arrays by path."""
+    """Takes the model's float parameters, as host arrays by path.
+
+    Raises:
+      ConfigError: Rows or calibration ask for what is not there.
+    """
     config = experiment.config
     self.experiment, self.config, self.say = experiment, config, say
     self.params, self.place = params, place
     self.rows = [parse_row(name) for name in config.ptq.rows]
-    if not self.rows:
-      raise ConfigError("ptq.rows is empty; set it to rows such as ('w8a8',)")
+    names = [row.name for row in self.rows]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+      raise ConfigError(
+        f'ptq.rows names {", ".join(sorted(twice))} twice; leave one out'
+      )
     self.sites = experiment.model.plan.sites
     self.stream = models.stream(config)
-    self._stats: dict[bool, dict[str, calibrate.SiteStats]] = {}
-    self._check_calibration()
+    self.qat = [findings.qat_row(path) for path in config.ptq.qat_runs]
+    self.calibration = Calibration(
+      experiment, place, say, hessians=any(r.needs_hessians for r in self.rows)
+    )
+    self._stats: dict[tuple[str, ...], dict[str, calibrate.SiteStats]] = {}
     # Rows of an earlier run count only if they are of the same weights.
-    digest = hashlib.sha256()
-    for name, values in sorted(params.items()):
-      digest.update(name.encode() + values.tobytes())
-    self._digest = digest.hexdigest()
-
-  def _check_calibration(self) -> None:
-    asked = self.config.ptq.calibration_examples
-    there = self.experiment.data.train.size
-    if asked > there:
-      raise ConfigError(
-        f'ptq.calibration_examples={asked}, but the training split has only '
-        f'{there} images; set --config.ptq.calibration_examples={there}'
-      )
+    self._digest = calibration.digest(params)
 
   def run(self) -> list[dict[str, Any]]:
     """Runs every row that results.json does not hold yet; returns all."""
     done = self._done_rows()
-    base = self._measure(self._pack(parse_row(_BASELINE)))
-    baseline = self._row(parse_row(_BASELINE), base, base, {'seconds': 0.0})
+    base, rival = (
+      self._measure(self._pack(parse_row(name))) for name in (_BASELINE, _RIVAL)
+    )
+    rivals = {'float': base, 'bf16': rival}
+    baseline = self._row(parse_row(_BASELINE), base, rivals, 0.0)
     finished = []
     for index, row in enumerate(self.rows):
       if row.name in done:
@@ -91,10 +98,11 @@ class Table:
       packed = self._pack(row)
       seconds = time.monotonic() - started
       found = self._measure(packed)
-      finished.append(self._row(row, found, base, {'seconds': seconds}))
+      finished.append(self._row(row, found, rivals, seconds))
       self._write(baseline, finished)
-      self.say(self._line(index, finished[-1], baseline))
-    self._write(baseline, finished)
+      self.say(self._line(index, finished[-1]))
+    path = page.write(self.place, self._write(baseline, finished))
+    self.say(f'report in {path}')
     return finished
 
   def _done_rows(self) -> dict[str, dict[str, Any]]:
@@ -103,80 +111,90 @@ class Table:
     if not path.is_file():
       return {}
     old = json.loads(path.read_text(encoding='utf-8'))
-    digest = report.config_digest(config_lib.to_json(self.config))
-    if old.get('config_digest') != digest:
+    if old.get('row_digest') != self._row_digest():
       return {}
     if old.get('weights_digest') != self._digest:  # trained further since
       return {}
     return {row['name']: row for row in old['rows']}
 
-  def _write(self, baseline, rows) -> None:
-    resolved = config_lib.to_json(self.config)
-    content = report.results(resolved, baseline, rows)
-    content['weights_digest'] = self._digest
+  def _row_digest(self) -> str:
+    """Returns the digest of everything that a row's numbers depend on."""
+    config = config_lib.to_json(self.config)
+    for field in ('rows', 'qat_runs'):  # more rows may be asked for later
+      config['ptq'].pop(field)
+    return report.config_digest(config)
+
+  def _write(self, baseline, rows) -> dict[str, Any]:
+    content = report.results(config_lib.to_json(self.config), baseline, rows)
+    table = self.place / 'sensitivity.json'
+    content |= {
+      'row_digest': self._row_digest(),
+      'weights_digest': self._digest,
+      'model': self.experiment.model.title,
+      'data': self.experiment.data.description,
+      'class_names': list(self.experiment.data.class_names),
+      'qat': self.qat,
+      'histograms': findings.histograms(
+        self.config,
+        self.rows,
+        self.sites,
+        self.stream,
+        self.params,
+        self._stats.get(()),
+      ),
+      'sensitivity': sensitivity.ranked(table, self._digest),
+    }
     files.write_json(self.place / 'results.json', content)
+    return content
 
   # One row.
 
   def _pack(self, row: Row) -> ptq.Packed:
     """Returns the row's model as it comes back from its file."""
-    seed = self.config.seed
-    params = ptq.transform(row, self.params, self.stream, seed=seed)
-    stats = self._statistics(row, params) if row.needs_calibration else None
-    packed = ptq.apply_row(
-      row, params, self.sites, stats, range_method=self.config.ptq.range
+    params = ptq.transform(
+      row, self.params, self.stream, self._observe, seed=self.config.seed
     )
+    plans = self._plans(row, params)
+    stats = None
+    if row.needs_calibration:
+      stats = self._observe(row.transforms, params)
+    packed = ptq.apply_row(
+      row, plans, params, self.sites, stats, ranges=self.config.ptq.range
+    )
+    if 'tune' in row.solvers:
+      packed = tune(
+        lambda ops: build_model(self.config, ops, row.dtype),
+        packed, nest(params), self.calibration.images(),
+        steps=self.config.ptq.tune_steps, seed=self.config.seed,
+        progress=self.say,
+      )  # fmt: skip
     path = self._artifact(row)
     architecture = models.architecture(self.config)
     artifacts.save(packed, path, architecture)
     return artifacts.load(path, self.sites, architecture)
 
+  def _plans(self, row: Row, params) -> dict[str, ptq.SitePlan]:
+    chosen = None
+    if row.mixed == 'mixed_sensitivity':
+      table = sensitivity.measure(
+        self.experiment, self.params, self.place, self.say
+      )
+      chosen = sensitivity.assign(self.config, self.sites, table)
+    if row.is_float:
+      return {}
+    return ptq.plan_sites(row, self.sites, params, self.stream, chosen)
+
   def _artifact(self, row: Row) -> pathlib.Path:
     return self.place / 'artifacts' / f'{row.name}.safetensors'
 
-  def _statistics(self, row: Row, params) -> dict[str, calibrate.SiteStats]:
-    key = 'rotate' in row.solvers
-    if key not in self._stats:
-      rows = [r for r in self.rows if ('rotate' in r.solvers) == key]
-      variables = {'params': tree.nest(params)}
-      self._stats[key] = calibrate.collect(
-        lambda ops: models.build_model(self._float_config('float32'), ops),
-        jax.tree.map(jnp.asarray, variables),
-        self._calibration_batches,
-        self.sites,
-        hessians=any('gptq' in r.solvers for r in rows),
-        histograms=any(r.is_static for r in rows),
-        progress=self.say,
-      )
-    return self._stats[key]
-
-  def _float_config(self, dtype: str):
-    config = copy.deepcopy(self.config)
-    config.model.dtype = dtype
-    return config
-
-  def _calibration_batches(self) -> Iterator[jax.Array]:
-    """Yields the first images of the seeded order, as evaluation sees them."""
-    left = self.config.ptq.calibration_examples
-    batch = min(_CALIBRATION_BATCH, left)
-    data, size = self.config.data, self.config.model.image_size
-    train = self.experiment.data.train
-    hosts = train.train_batches(
-      seed=self.config.seed, batch=batch, rows=slice(0, batch), first=1,
-      last=-(-left // batch),
-    )  # fmt: skip
-    prepare = jax.jit(
-      lambda images: preprocess.prepare_eval(images, data=data, size=size)
-    )
-    for host in hosts:
-      images, _ = preprocess.gather(train.source, host)
-      images = prepare(images)[: min(batch, left)]
-      left -= len(images)
-      yield images
+  def _observe(self, done, params) -> dict[str, calibrate.SiteStats]:
+    if done not in self._stats:
+      self._stats[done] = self.calibration.observe(done, params)
+    return self._stats[done]
 
   def _measure(self, packed: ptq.Packed) -> _Measured:
     config = self.config
-    model = models.build_model(self._float_config(packed.dtype), packed.ops)
+    model = build_model(config, packed.ops, packed.dtype)
     data, size = config.data, config.model.image_size
     split = self.experiment.data.eval
     source = jax.tree.map(jnp.asarray, split.source)
@@ -188,11 +206,10 @@ class Table:
         variables, preprocess.prepare_eval(images, data=data, size=size)
       )
 
-    batch = min(config.eval.batch_size, split.size)
-    parts = []
-    for host in split.eval_batches(batch=batch, rows=slice(0, batch)):
-      logits = np.asarray(forward(packed.variables, source, host))
-      parts.append(logits[np.asarray(host['mask']) > 0])
+    parts = [
+      np.asarray(forward(packed.variables, source, host))[mask]
+      for host, mask in self._eval_batches()
+    ]
     images = jax.random.normal(
       jax.random.key(0), (config.ptq.latency_batch, size, size, 3)
     )
@@ -205,79 +222,104 @@ class Table:
       timing.memory(compiled),
     )
 
-  def _labels(self) -> np.ndarray:
+  def _eval_batches(self) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields (host batch, which of its images count)."""
     split = self.experiment.data.eval
     batch = min(self.config.eval.batch_size, split.size)
-    labels = []
     for host in split.eval_batches(batch=batch, rows=slice(0, batch)):
-      _, found = preprocess.gather(split.source, host)
-      labels.append(np.asarray(found)[np.asarray(host['mask']) > 0])
-    return np.concatenate(labels)
+      yield host, np.asarray(host['mask']) > 0
 
-  def _row(self, row: Row, found: _Measured, base: _Measured, more):
-    packed_path = self._artifact(row)
-    packed = artifacts.load(
-      packed_path, self.sites, models.architecture(self.config)
+  def _labels(self) -> np.ndarray:
+    source = self.experiment.data.eval.source
+    return np.concatenate(
+      [
+        np.asarray(preprocess.gather(source, host)[1])[mask]
+        for host, mask in self._eval_batches()
+      ]
     )
+
+  def _row(
+    self, row: Row, found: _Measured, rivals: dict[str, _Measured], seconds
+  ) -> dict[str, Any]:
+    path, base, labels = self._artifact(row), rivals['float'], self._labels()
+    packed = artifacts.load(path, self.sites, models.architecture(self.config))
     sums = EvalSums.zeros(self.config.model.num_classes).add(
       jnp.asarray(found.logits),
-      jnp.asarray(self._labels()),
+      jnp.asarray(labels),
       jnp.ones(len(found.logits)),
     )
-    seconds = timing.interleave(
-      {'row': found.run, 'float': base.run}, rounds=self.config.ptq.rounds
+    metrics = summarize(jax.device_get(sums))
+    times = timing.interleave(
+      {'row': found.run, **{name: m.run for name, m in rivals.items()}},
+      rounds=self.config.ptq.rounds,
     )
-    spread = timing.spread(seconds['row'])
-    size, full = (
-      packed.num_bytes(),
-      4 * sum(x.size for x in self.params.values()),
-    )
+    spread = timing.spread(times['row'])
+    speedup = {
+      name: timing.ratio(times[name], times['row'])['median'] for name in rivals
+    }
+    compared = compare_logits(found.logits, base.logits)
+    full = 4 * sum(x.size for x in self.params.values())
+    sites = self._site_rows(row, packed)
     return report.make_row(
       name=row.name,
       method=row.method,
-      weight_bits=row.weights or 8 * jnp.dtype(row.dtype).itemsize,
-      act_bits=row.acts or 8 * jnp.dtype(row.dtype).itemsize,
-      size_bytes=size,
-      artifact_bytes=packed_path.stat().st_size,
-      compression=full / size,
+      weight_bits=row.weights or packed.plan.bits('weights'),
+      act_bits=row.acts or packed.plan.bits('acts'),
+      size_bytes=packed.num_bytes(),
+      artifact_bytes=path.stat().st_size,
+      compression=full / packed.num_bytes(),
       bops=packed.plan.bops(),
       macs=packed.plan.macs(),
       latency_ms={k: 1e3 * v for k, v in spread.items()},
       images_per_second=self.config.ptq.latency_batch / spread['median'],
-      speedup=timing.ratio(seconds['float'], seconds['row'])['median'],
+      speedup=speedup['float'],
+      speedup_bf16=speedup['bf16'],
       peak_memory_bytes=found.memory['peak'],
       execution=packed.execution,
       why=packed.why,
-      **summarize(jax.device_get(sums)),
-      **_compare(found.logits, base.logits),
-      **more,
+      sites=sites,
+      seconds=seconds,
+      **metrics,
+      agreement=compared['agreement'],
+      sqnr_db=compared['sqnr_db'],
+      **findings.collapse(metrics, base.logits, labels, sites),
     )
 
-  def _line(self, index: int, row: dict[str, Any], baseline) -> str:
-    predicted = sum(
-      any(column) for column in zip(*row['confusion'], strict=True)
+  def _site_rows(self, row: Row, packed: ptq.Packed):
+    """Returns bits and noise of every product; None for a float row."""
+    if row.is_float:
+      return None
+    params = ptq.transform(
+      row, self.params, self.stream, self._observe, seed=self.config.seed
     )
-    fallen = row['top1'] < baseline[
-      'top1'
-    ] - _COLLAPSE_POINTS or predicted < _COLLAPSE_CLASSES * len(
-      row['confusion']
+    images = (
+      batch[start : start + _NOISE_BATCH]
+      for batch in self.calibration.batches(
+        min(_NOISE_IMAGES, self.config.ptq.calibration_examples)
+      )
+      for start in range(0, len(batch), _NOISE_BATCH)
     )
+    noise = compare.site_sqnr(
+      lambda ops, dtype: build_model(self.config, ops, dtype),
+      packed, nest(params), images,
+    )  # fmt: skip
+    return [
+      {
+        'path': site.path,
+        'kind': site.kind,
+        'weights': spec.weights,
+        'acts': spec.acts,
+        'sqnr_db': noise[site.path],
+      }
+      for site, spec in zip(packed.plan.sites, packed.plan.specs, strict=True)
+    ]
+
+  def _line(self, index: int, row: dict[str, Any]) -> str:
     sqnr = '-' if row['sqnr_db'] is None else f'{row["sqnr_db"]:.1f}'
     return (
       f'row {index + 1}/{len(self.rows)}  {row["name"]:22} top1 '
       f'{row["top1"]:.4f}  agreement {row["agreement"]:.4f}  SQNR {sqnr} dB  '
       f'{row["artifact_bytes"] / 1e6:.2f} MB ({row["compression"]:.2f}x)  '
       f'{row["latency_ms"]["median"]:.1f} ms ({row["speedup"]:.2f}x)  '
-      f'{row["execution"]}' + ('  COLLAPSED' if fallen else '')
+      f'{row["execution"]}' + ('  COLLAPSED' if row['collapsed'] else '')
     )
-
-
-def _compare(logits: np.ndarray, base: np.ndarray) -> dict[str, float | None]:
-  """Returns agreement and signal-to-noise ratio of logits beside float's."""
-  noise = float(np.square(logits - base, dtype=np.float64).sum())
-  signal = float(np.square(base, dtype=np.float64).sum())
-  same = logits.argmax(axis=1) == base.argmax(axis=1)
-  return {
-    'agreement': float(same.mean()),
-    'sqnr_db': 10 * float(np.log10(signal / noise)) if noise else None,
-  }

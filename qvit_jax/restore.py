@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 
+from qvit_jax import artifacts, files, models, weights
 from qvit_jax import config as config_lib
-from qvit_jax import files, models, weights
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
-from qvit_jax.experiment import Experiment
+from qvit_jax.experiment import Experiment, Model
+from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import checkpoint
 from qvit_jax.training.loop import Progress
 from qvit_jax.training.state import TrainState
@@ -76,7 +77,7 @@ def restore_variables(
   stored, step = _find(path)
   metadata = stored.metadata(step)
   place = stored.directory / str(step)
-  _check_same(experiment, metadata, place, same_plan=same_plan)
+  _check_same(experiment.model, metadata, place, same_plan=same_plan)
   wanted = experiment.abstract_variables()
   items = {'variables': wanted}
   if 'ema' in metadata['arrays']:
@@ -98,7 +99,7 @@ def _resume(
 ) -> tuple[TrainState, Progress, list[str]]:
   metadata = own.metadata(step)
   place = own.directory / str(step)
-  _check_same(experiment, metadata, place, same_plan=True)
+  _check_same(experiment.model, metadata, place, same_plan=True)
   there = config_lib.flatten(metadata['config'])
   pinned = there.get('weights.path', '')
   if pinned.startswith(f'{experiment.config.weights.path}@'):
@@ -134,15 +135,27 @@ def _resume(
   return state, Progress(**metadata['progress']), lines
 
 
+def find_run(model: Model, path: str) -> pathlib.Path:
+  """Returns the folder of the checkpoint that a path means.
+
+  Raises:
+    CheckpointError: There is none, or it is of another model or other bits.
+  """
+  stored, step = _find(path)
+  place = stored.directory / str(step)
+  _check_same(model, stored.metadata(step), place, same_plan=True)
+  return place
+
+
 def _check_same(
-  experiment: Experiment,
+  model: Model,
   metadata: dict[str, Any],
   place: pathlib.Path,
   *,
   same_plan: bool,
 ) -> None:
   here, there = (
-    models.architecture(experiment.config),
+    models.architecture(model.config),
     metadata['architecture'],
   )
   lines = [
@@ -151,7 +164,7 @@ def _check_same(
     if there.get(name) != value
   ]
   if same_plan and not lines:
-    plan = experiment.model.plan.digest_lines()
+    plan = model.plan.digest_lines()
     pairs = zip(metadata['plan'], plan, strict=True)
     lines = [f'"{a}" there, "{b}" here' for a, b in pairs if a != b]
   if lines:
@@ -215,18 +228,63 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
   return notes
 
 
+def open_packed(config: Any) -> Packed | None:
+  """Returns the packed model that `quant.recipe='ptq'` asks for, else None.
+
+  Its compute dtype becomes the config's.
+
+  Raises:
+    ConfigError: `quant.recipe` and `checkpoint.path` do not go together.
+    WeightsError: The file is damaged, or of another model.
+  """
+  path, recipe = config.checkpoint.path, config.quant.recipe
+  if recipe != 'ptq':
+    if artifacts.is_artifact(path):
+      raise ConfigError(
+        f'checkpoint.path={path!r} is a packed model, but quant.recipe is '
+        f'{recipe!r}; set --config.quant.recipe=ptq'
+      )
+    return None
+  make = (
+    'give a file WORKDIR/artifacts/ROW.safetensors of --mode=ptq or '
+    'WORKDIR/export/model.packed.safetensors of --mode=export '
+    '--config.export.format=packed'
+  )
+  if not path:
+    raise ConfigError(
+      "quant.recipe='ptq' evaluates a packed model, but checkpoint.path is "
+      f'empty; {make}'
+    )
+  if not artifacts.is_artifact(path):
+    kind = 'does not exist'
+    if pathlib.Path(path).exists():
+      kind = 'is no packed model, or a damaged one'
+    raise ConfigError(
+      f"quant.recipe='ptq', but checkpoint.path={path!r} {kind}; {make}, or "
+      'evaluate a checkpoint with the quant.recipe of its training'
+    )
+  sites, facts = models.list_sites(config), models.architecture(config)
+  packed = artifacts.load(pathlib.Path(path), sites, facts)
+  config.model.dtype = packed.dtype
+  return packed
+
+
 def start_of_eval(
   experiment: Experiment, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns the variables that `eval` evaluates, and lines that say whence.
 
-  In this order: `checkpoint.path`, the workdir's own best, `weights.path`.
+  In this order: a packed model, `checkpoint.path`, the workdir's own best,
+  `weights.path`.
 
   Raises:
     CheckpointError: There is none, or it is damaged or of another model.
     WeightsError: `weights.path` does not fit, or brings no classifier.
   """
-  config = experiment.config
+  config, packed = experiment.config, experiment.model.packed
+  if packed:
+    path = pathlib.Path(config.checkpoint.path)
+    return experiment.replicate(packed.variables), [f'{path.stem} of {path}']
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
   if config.checkpoint.path or own.steps() or not config.weights.path:
     variables, origin = restore_variables(

@@ -24,10 +24,14 @@ ROWS = {
   'weights': 7,
   'artifacts': 8,
   'experiment': 8,
-  'ptq_table': 9,
+  'calibration': 9,
+  'sensitivity': 10,
+  'findings': 10,
+  'ptq_table': 11,
   'restore': 9,
   'benchmarks': 9,
-  'modes': 10,
+  'packing': 10,
+  'modes': 12,
 }
 # training does not know which model, recipe or data source it runs.
 HIDDEN = {
@@ -45,6 +49,8 @@ OWNERS = {
   'orbax': 'training/checkpoint.py',
   'huggingface_hub': 'weights/hub.py',
   'safetensors': 'weights/save.py',
+  'matplotlib': 'evaluation/figures.py',
+  'jinja2': 'evaluation/page.py',
 }
 
 

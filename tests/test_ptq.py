@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import common
+from configs import common, vit_cifar100_finetune
 from qvit_jax import artifacts, models, modes, tree
 from qvit_jax.errors import CheckpointError, ConfigError, QuantError
 from qvit_jax.ops import Ops, Site
@@ -19,18 +19,21 @@ from qvit_jax.quantization import (
   gptq,
   integer_core,
   numerics,
-  ptq,
   qtensor,
   quantize,
   rotate,
   rows,
 )
-from tests.conftest import make_digits_config
-
-
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
-
+from qvit_jax.quantization.ranges import choose_range
+from tests.small_models import (
+  collect,
+  logits,
+  normal,
+  pack,
+  random_params,
+  rich_config,
+  seen,
+)
 
 # Codes and packing
 
@@ -171,7 +174,8 @@ def test_gptq_keeps_outputs_and_gives_up_weights():
   w = normal((150, 20), 1)
   for bits in (2, 3, 4):
     scale = numerics.search_scale(w, bits)
-    codes = gptq.round_by_outputs(w, x.T @ x, scale, bits=bits, block=64)
+    full = jnp.broadcast_to(scale, w.shape)
+    codes = gptq.round_by_outputs(w, x.T @ x, full, bits=bits, block=64)
     nearest = numerics.round_to_grid(w, scale, 0 * scale, bits, symmetric=True)
     error = lambda near: float(jnp.square(x @ (near - w)).sum())
     assert error(codes * scale) < 0.8 * error(nearest)
@@ -201,32 +205,10 @@ def test_gptq_is_the_papers_algorithm():
   x = normal((200, 24)) @ normal((24, 24), 1)
   w, bits = normal((24, 5), 2), 4
   scale = numerics.search_scale(w, bits)
-  found = gptq.round_by_outputs(w, x.T @ x, scale, bits=bits, block=8)
+  full = jnp.broadcast_to(scale, w.shape)
+  found = gptq.round_by_outputs(w, x.T @ x, full, bits=bits, block=8)
   wanted = slow_gptq(w, x.T @ x, np.asarray(scale)[0], bits)
   assert np.mean(np.asarray(found) != wanted) < 0.02  # float32 ties
-
-
-def rich_config(**fields):
-  config = make_digits_config()
-  config.model.update(depth=2, width=24, heads=3, mlp_dim=40)
-  config.model.update(fields)
-  return config
-
-
-def random_params(config):
-  """Parameters with norms, scales and biases that are not ones and zeros."""
-  model = models.build_model(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
-  rng = np.random.default_rng(0)
-  return {
-    name: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32)
-    for name, x in tree.flatten(params).items()
-  }
-
-
-def logits(config, params, images):
-  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
-  return models.build_model(config).apply(variables, images)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +243,9 @@ def test_turning_spreads_an_outlier_channel():
 
   def crest(params):
     seen = {}
-    ops = Ops(tap=lambda module, site, lhs, rhs: seen.update({site.path: lhs}))
+    ops = Ops(
+      tap=lambda module, site, lhs, *rest: seen.update({site.path: lhs})
+    )
     variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
     models.build_model(config, ops).apply(variables, images)
     x = seen['encoder/block_00/attn/query']
@@ -271,17 +255,6 @@ def test_turning_spreads_an_outlier_channel():
   turned = rotate.turn(folded, stream, seed=0)
   assert crest(folded) > 5
   assert crest(turned) < 0.7 * crest(folded)
-
-
-def collect(config, params, batches, **wanted):
-  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
-  return calibrate.collect(
-    lambda ops: models.build_model(config, ops),
-    variables,
-    lambda: batches,
-    models.list_sites(config),
-    **wanted,
-  )
 
 
 def test_statistics_are_those_of_numpy():
@@ -315,11 +288,10 @@ def test_calibration_without_images_is_an_error():
 def test_ranges_cut_an_outlier():
   rng = np.random.default_rng(0)
   x = np.append(rng.normal(size=100_000), [40.0, -1.0])
-  counts, _ = np.histogram(x, 2048, (x.min(), x.max()))
-  stats = calibrate.OperandStats(x.min(), x.max(), counts.astype(np.float32))
-  widest = calibrate.choose_range(stats, 4, 'minmax')
-  assert widest == (x.min(), 40.0)
-  low, high = calibrate.choose_range(stats, 4, 'percentile')
+  stats = seen(x)
+  widest = choose_range(stats, 4, 'minmax')
+  assert widest == (np.float32(x.min()), 40.0)
+  low, high = choose_range(stats, 4, 'percentile')
   assert high == pytest.approx(np.quantile(x, 0.99995), abs=0.1)
   assert low == pytest.approx(np.quantile(x, 0.00005), abs=0.1)
 
@@ -332,7 +304,7 @@ def test_ranges_cut_an_outlier():
     return float(jnp.square(near - x).mean())
 
   for bits in (2, 4, 8):
-    best = calibrate.choose_range(stats, bits, 'mse')
+    best = choose_range(stats, bits, 'mse')
     assert error(*best, bits) <= error(*widest, bits)
     assert error(*best, bits) <= 1.02 * error(low, high, bits)
 
@@ -342,9 +314,7 @@ def test_bias_correction_restores_the_mean_output():
   params = random_params(config)
   batches = [normal((16, 8, 8, 3)) + 1]
   stats = collect(config, params, batches)
-  sites = models.list_sites(config)
-  row = rows.parse_row('w2a16+bias_correction')
-  packed = ptq.apply_row(row, params, sites, stats, range_method='mse')
+  packed = pack(config, 'w2a16+bias_correction', params, stats)
   kernel = packed.variables['quant']['patch_embed']['kernel']
   w = params['patch_embed/kernel'].reshape(48, -1)
   mean = stats['patch_embed'].mean
@@ -368,7 +338,6 @@ def test_bias_correction_restores_the_mean_output():
     ('w9a4', ('bits outside', '2, 3, 4')),
     ('w1a4', ('bits outside',)),
     ('bf16+gptq', ('in float', 'leave gptq out')),
-    ('int4_weight_only_g32+gptq', ('one for each output channel',)),
   ],
 )
 def test_an_unknown_row_names_the_nearest(name, parts):
@@ -379,7 +348,7 @@ def test_an_unknown_row_names_the_nearest(name, parts):
 
 
 def test_solvers_of_a_row_are_replaced_or_taken_away():
-  assert rows.parse_row('w4a4').solvers == ('rotate', 'gptq')
+  assert rows.parse_row('w6a6').solvers == ('rotate', 'gptq')
   assert rows.parse_row('w4a4+plain').solvers == ()
   assert rows.parse_row('w4a4+gptq').solvers == ('gptq',)
   assert rows.parse_row('w8a8+gptq+rotate').solvers == ('rotate', 'gptq')
@@ -387,10 +356,7 @@ def test_solvers_of_a_row_are_replaced_or_taken_away():
 
 def test_the_stem_keeps_eight_bits_of_its_pixels():
   config = rich_config()
-  packed = ptq.apply_row(
-    rows.parse_row('w4a4+plain'), random_params(config),
-    models.list_sites(config), None, range_method='mse',
-  )  # fmt: skip
+  packed = pack(config, 'w4a4+plain', random_params(config))
   bits = {site: (p.weights, p.acts) for site, p in packed.site_plans.items()}
   assert bits.pop('patch_embed') == (4, 8)
   assert bits.pop('head') == (4, 4)
@@ -405,9 +371,9 @@ def test_the_stem_keeps_eight_bits_of_its_pixels():
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A float run of 60 updates."""
+  """A float run of 300 updates."""
   config = rich_config()
-  config.train.steps = config.eval.every = 60
+  config.train.steps = config.eval.every = 300
   workdir = tmp_path_factory.mktemp('float')
   modes.run('train', config, str(workdir))
   return workdir
@@ -443,7 +409,8 @@ def test_the_table_of_a_run(trained, tmp_path, capsys):
   assert kinds['fp32'] == kinds['bf16'] == 'float'
   assert kinds['int8_static'] == kinds['w4a4'] == 'integer'
   assert kinds['int8_weight_only'] == kinds['w10a12'] == 'simulated'
-  assert 'products in float' in found['int8_weight_only']['why']
+  why = found['int8_weight_only']['why']
+  assert why.startswith('of 18 products: 14 of packed weights, dequantized')
   assert found['int8_dynamic']['sqnr_db'] > 30 > found['w4a4']['sqnr_db'] > 5
   assert found['int8_static']['sqnr_db'] > 25
   assert found['int4_weight_only']['agreement'] > 0.9
@@ -469,6 +436,112 @@ def test_the_table_of_a_run(trained, tmp_path, capsys):
   assert read(tmp_path)['rows'] == result['rows']
 
 
+def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
+  config = ptq_config(trained, 'int8_static', 'int8_clip_95', 'w2a2+plain',
+                      'mixed_simple', 'mixed_sensitivity')  # fmt: skip
+  config.ptq.qat_runs = (str(trained),)
+  config.ptq.sensitivity_examples = 16
+  modes.run('ptq', config, str(tmp_path))
+  result = read(tmp_path)
+  found = {row['name']: row for row in result['rows']}
+  fallen = found['w2a2+plain']
+  assert fallen['collapsed']
+  assert fallen['classes_predicted'] <= 10
+  assert len(fallen['suspects']) == 3
+  worst = min(s['sqnr_db'] for s in fallen['sites'])
+  assert f'{worst:.1f} dB' in fallen['suspects'][0]
+  assert not found['int8_static']['collapsed']
+  page = (tmp_path / 'report.html').read_text()
+  for text in ('collapsed', fallen['suspects'][0], 'int8_clip_95'):
+    assert text in page
+  assert (tmp_path / 'figures' / 'accuracy_vs_size.png').stat().st_size > 5000
+  assert [row['name'] for row in result['qat']] == [trained.name]
+  # One histogram for each operand of each kind; the ranges of static rows.
+  kinds = {entry['kind'] for entry in result['histograms']}
+  assert kinds == {'patch_embed', 'query', 'key', 'value', 'qk lhs', 'qk rhs',
+                   'av lhs', 'av rhs', 'out', 'fc1', 'fc2', 'head'}  # fmt: skip
+  for entry in result['histograms']:
+    assert set(entry['ranges']) == {'int8_static', 'int8_clip_95'}
+    low, high = entry['ranges']['int8_clip_95']
+    assert entry['edges'][0] <= low <= high <= entry['edges'][1]
+  mixed = found['mixed_sensitivity']
+  assert 4 <= mixed['weight_bits'] <= 8
+  assert found['mixed_simple']['execution'] == 'simulated'
+  assert len(result['sensitivity']['sites']) == 18
+
+
+def test_calibration_is_kept_and_taken_over(trained, tmp_path, capsys):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  modes.run('ptq', ptq_config(trained, 'int8_static'), str(first))
+  assert (first / 'calibration' / 'plain.safetensors').is_file()
+  config = ptq_config(trained, 'int8_static', 'w4a16+gptq')
+  capsys.readouterr()
+  modes.run('ptq', ptq_config(trained, 'int8_static', 'bf16'), str(first))
+  out = capsys.readouterr().out
+  assert 'int8_static: done before' in out
+  assert 'calibration: ranges' not in out
+  taken = ptq_config(trained, 'int8_static')
+  taken.ptq.calibration_path = str(first / 'calibration')
+  modes.run('ptq', taken, str(second))
+  assert 'calibration: ranges' not in capsys.readouterr().out
+  name = 'artifacts/int8_static.safetensors'
+  one, other = (
+    safetensors.numpy.load_file(place / name) for place in (first, second)
+  )
+  assert set(one) == set(other)
+  for tensor, values in one.items():
+    np.testing.assert_array_equal(values, other[tensor])
+  # More than the file holds, or another seed of images: an error that says so.
+  config.ptq.calibration_path = str(first / 'calibration')
+  with pytest.raises(QuantError, match='holds no Hessians'):
+    modes.run('ptq', config, str(tmp_path / 'third'))
+  taken.seed = 5
+  with pytest.raises(QuantError, match='is of other weights, images'):
+    modes.run('ptq', taken, str(tmp_path / 'fourth'))
+  taken.ptq.calibration_path = str(tmp_path / 'nowhere')
+  with pytest.raises(ConfigError, match='is no folder'):
+    modes.run('ptq', taken, str(tmp_path / 'fifth'))
+
+
+def test_statistics_do_not_grow_with_the_images():
+  config = rich_config()
+  params = random_params(config)
+  sizes = []
+  for count in (1, 5):
+    batches = [normal((4, 8, 8, 3), seed) for seed in range(count)]
+    found = collect(config, params, batches, hessians=True)
+    arrays = calibrate.to_arrays(found)
+    sizes.append(sum(x.nbytes for x in arrays.values()))
+    again = calibrate.from_arrays(arrays)
+    for name, x in calibrate.to_arrays(again).items():
+      np.testing.assert_array_equal(x, arrays[name])
+  assert sizes[0] == sizes[1]
+
+
+def test_rows_are_not_asked_for_twice(trained, tmp_path):
+  with pytest.raises(ConfigError, match='names w8a8 twice'):
+    modes.run('ptq', ptq_config(trained, 'w8a8', 'w8a8'), str(tmp_path))
+
+
+def test_a_folder_without_training_is_no_qat_run(trained, tmp_path):
+  config = ptq_config(trained, 'w8a8')
+  config.ptq.qat_runs = (str(tmp_path / 'nothing'),)
+  with pytest.raises(ConfigError, match='holds no results.json'):
+    modes.run('ptq', config, str(tmp_path))
+
+
+def test_macs_are_what_xla_counts():
+  config = vit_cifar100_finetune.get_config()  # ViT-S/14, 98 px
+  config.model.dtype = 'float32'
+  model = models.build_model(config)
+  images = jax.ShapeDtypeStruct((1, 98, 98, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  flops = jax.jit(model.apply).lower(variables, images).cost_analysis()['flops']
+  macs = sum(site.macs for site in models.list_sites(config))
+  # XLA counts norms, softmax, GELU and additions too: 3 % here.
+  assert 1 <= flops / 2 / macs < 1.04
+
+
 def test_rows_of_other_weights_are_measured_anew(trained, tmp_path, capsys):
   config = ptq_config(trained, 'bf16')
   modes.run('ptq', config, str(tmp_path))
@@ -484,12 +557,12 @@ def test_rows_of_other_weights_are_measured_anew(trained, tmp_path, capsys):
 
 def test_gptq_is_not_left_out_above_eight_bits():
   config = rich_config()
-  params, sites = random_params(config), models.list_sites(config)
+  params = random_params(config)
   stats = collect(config, params, [normal((64, 8, 8, 3))], hessians=True)
   packed = {
-    name: ptq.apply_row(
-      rows.parse_row(name), params, sites, stats, range_method='mse'
-    ).variables['quant']['encoder']['block_00']['mlp']['fc1']['kernel']
+    name: pack(config, name, params, stats).variables['quant']['encoder'][
+      'block_00'
+    ]['mlp']['fc1']['kernel']
     for name in ('w10a16+plain', 'w10a16+gptq')
   }
   assert jnp.abs(packed['w10a16+plain'] - packed['w10a16+gptq']).max() > 0

@@ -269,7 +269,7 @@ def test_dropout_zeroes_hidden_channels_of_the_mlp():
   config = tiny(dropout=0.5)
   hidden = []
 
-  def tap(module, site, lhs, rhs):
+  def tap(module, site, lhs, rhs, dims):
     if site.path == f'{BLOCK}/mlp/fc2':
       hidden.append(lhs)
 
@@ -394,7 +394,7 @@ def test_unknown_size_is_refused_with_the_known_ones(size):
 def test_tap_sees_every_site_in_order_with_its_operands():
   config = tiny()
   seen = []
-  ops = Ops(tap=lambda module, site, a, b: seen.append((site, a, b)))
+  ops = Ops(tap=lambda module, site, a, b, dims: seen.append((site, a, b)))
   models.build_model(config, ops).apply(variables_of(config), images_of(config))
   sites = [site for site, _, _ in seen]
   assert sites == models.list_sites(config)

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 import sklearn.metrics
 from jaxtyping import Array, Float, Int
 
@@ -82,4 +83,27 @@ def summarize(sums: EvalSums) -> dict[str, Any]:
       for hit, n in zip(np.diag(confusion), support, strict=True)
     ],
     'confusion': confusion.tolist(),
+  }
+
+
+def compare_logits(
+  logits: np.ndarray, base: np.ndarray
+) -> dict[str, float | None]:
+  """Returns how far logits [n, classes] are from float's.
+
+  Returns:
+    sqnr_db: Signal to noise, in decibels; None where they are equal.
+    agreement: Share of the images with the same top-1 class.
+    kl: Mean divergence of the classes' probabilities from float's, in nats.
+    noise: Energy of the difference over that of float's logits.
+  """
+  logits, base = logits.astype(np.float64), base.astype(np.float64)
+  noise = float(np.square(logits - base).sum() / np.square(base).sum())
+  log_p, log_q = (scipy.special.log_softmax(x, axis=1) for x in (base, logits))
+  same = logits.argmax(axis=1) == base.argmax(axis=1)
+  return {
+    'sqnr_db': -10 * float(np.log10(noise)) if noise else None,
+    'agreement': float(same.mean()),
+    'kl': float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()),
+    'noise': noise,
   }

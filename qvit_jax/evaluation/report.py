@@ -14,7 +14,8 @@ _KEYS = (
     'f1_macro', 'num_examples', 'size_bytes', 'compression', 'bops', 'macs',
     'latency_ms', 'images_per_second', 'speedup', 'peak_memory_bytes',
     'execution', 'why', 'per_class_top1', 'confusion', 'agreement', 'sqnr_db',
-    'artifact_bytes', 'seconds',
+    'artifact_bytes', 'seconds', 'speedup_bf16', 'collapsed', 'suspects',
+    'classes_predicted', 'sites',
 )  # fmt: skip
 _PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'aqtp', 'numpy',

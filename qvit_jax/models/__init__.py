@@ -44,7 +44,7 @@ def stream(config) -> Stream:
 def list_sites(config) -> list[Site]:
   """Returns every site of the model in execution order; makes no array."""
   sites: list[Site] = []
-  ops = Ops(tap=lambda module, site, lhs, rhs: sites.append(site))
+  ops = Ops(tap=lambda module, site, *operands: sites.append(site))
   size = config.model.image_size
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   jax.eval_shape(build_model(config, ops).init, jax.random.key(0), images)

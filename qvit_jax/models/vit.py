@@ -300,6 +300,7 @@ def stream(model) -> Stream:
     readers=(*readers, ('encoder/norm', ('head',))),
     values=tuple((f'{b}/attn/value', f'{b}/attn/out') for b in blocks),
     queries=tuple((f'{b}/attn/query', f'{b}/attn/key') for b in turned),
+    hidden=tuple(f'{b}/mlp/fc2' for b in blocks),
   )
 
 

@@ -1,8 +1,12 @@
 """What calibration learns about the operands of every product. Row 4.
 
 A tap adds each batch to statistics in the collection `calib`, whose size does
-not depend on how many images are seen. Two passes: ranges and Hessians first,
-then histograms over the ranges.
+not depend on how many images are seen. Two passes: ranges, means and Hessians
+first, then histograms over the ranges.
+
+Statistics of an operand are kept for the whole tensor, or for each row of the
+product (`per_position`): one scale may stand for every token position, head or
+value channel, because the product does not sum over these.
 """
 
 import dataclasses
@@ -16,29 +20,35 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops, Site
-from qvit_jax.quantization import numerics
 
-_BINS = 2048
+SCALES = ('per_tensor', 'per_position')
+_BINS = {'per_tensor': 2048, 'per_position': 512}
 _SAMPLED = 2**15  # values of an operand and batch that are counted, about
 _STRIDES = (1, 3, 7, 13, 29, 59, 127, 251, 509, 1021, 2039, 4093)
-RANGES = ('minmax', 'percentile', 'mse')
-# Share of the values that a percentile range keeps.
-_KEPT = 0.9999
+# Share of a batch in the moving average of ranges.
+_MOMENTUM = 0.1
 
 
 @dataclasses.dataclass
 class OperandStats:
   """What was seen of one operand.
 
+  Every array has the shape of the operand's static scale: () per tensor; else
+  the operand's own with 1 for the batch and the contracted axis.
+
   Attributes:
     low: Smallest value.
     high: Largest value.
-    counts: Histogram of `_BINS` equal bins from low to high, of a sample;
-      None without the second pass.
+    usual_low: Moving average of the batches' smallest values.
+    usual_high: Moving average of the batches' largest values.
+    counts: Histogram [*scale, bins] of equal bins from low to high, of a
+      sample; None without the second pass.
   """
 
-  low: float
-  high: float
+  low: np.ndarray
+  high: np.ndarray
+  usual_low: np.ndarray
+  usual_high: np.ndarray
   counts: np.ndarray | None
 
 
@@ -50,67 +60,112 @@ class SiteStats:
     lhs: The left operand (a layer's input).
     rhs: The right operand of an attention product, else None.
     mean: Of a layer's inputs, by input channel [i], or None.
+    channel_low: Smallest value of each input channel [i] of a layer, or None.
+    channel_high: Largest value, the same.
     hessian: X^T X of a layer's inputs [i, i], or None.
   """
 
   lhs: OperandStats
-  rhs: OperandStats | None
-  mean: np.ndarray | None
-  hessian: np.ndarray | None
+  rhs: OperandStats | None = None
+  mean: np.ndarray | None = None
+  channel_low: np.ndarray | None = None
+  channel_high: np.ndarray | None = None
+  hessian: np.ndarray | None = None
 
 
-def _operands(site: Site, lhs, rhs) -> dict[str, Any]:
-  return {'lhs': lhs} if site.is_layer else {'lhs': lhs, 'rhs': rhs}
+def _operands(site: Site, lhs, rhs, dims) -> dict[str, tuple[Any, int]]:
+  """Returns {side: (values, contracted axis)}; kernels are no operands."""
+  if site.is_layer:
+    return {'lhs': (lhs, lhs.ndim - 1)}
+  ((left,), (right,)), _ = dims
+  return {'lhs': (lhs, left), 'rhs': (rhs, right)}
 
 
-def _first_tap(hessians: bool):
-  def tap(module, site, lhs, rhs):
-    for side, x in _operands(site, lhs, rhs).items():
-      for name, reduce, start in (
-        ('low', jnp.minimum, jnp.inf),
-        ('high', jnp.maximum, -jnp.inf),
+def _axes(x, contracted: int, scales: str) -> tuple[int, ...] | None:
+  return None if scales == 'per_tensor' else (0, contracted)
+
+
+def _keep(module, name: str, start, update) -> None:
+  seen = module.variable('calib', name, lambda: start)
+  seen.value = update(seen.value)
+
+
+def _first_tap(scales: str, hessians: bool):
+  def tap(module, site, lhs, rhs, dims):
+    for side, (x, contracted) in _operands(site, lhs, rhs, dims).items():
+      axes = _axes(x, contracted, scales)
+      keep = {} if axes is None else {'keepdims': True}
+      x = x.astype(jnp.float32)
+      for name, value, reduce, start in (
+        ('low', x.min(axis=axes, **keep), jnp.minimum, jnp.inf),
+        ('high', x.max(axis=axes, **keep), jnp.maximum, -jnp.inf),
       ):
-        seen = module.variable(
-          'calib', f'{side}_{name}', lambda start=start: jnp.float32(start)
-        )
-        value = x.min() if name == 'low' else x.max()
-        seen.value = reduce(seen.value, value.astype(jnp.float32))
-    if not site.is_layer:
-      return
-    x = lhs.reshape(-1, lhs.shape[-1]).astype(jnp.float32)
-    for name, value in (
-      ('sum', x.sum(axis=0)),
-      ('count', jnp.float32(x.shape[0])),
-    ):
-      seen = module.variable(
-        'calib', name, lambda value=value: jnp.zeros_like(value)
-      )
-      seen.value = seen.value + value
-    if hessians:
-      seen = module.variable(
-        'calib', 'hessian', lambda: jnp.zeros((x.shape[1], x.shape[1]))
-      )
-      seen.value = seen.value + x.T @ x
+        _keep(
+          module, f'{side}_{name}', jnp.full_like(value, start),
+          lambda old, value=value, reduce=reduce: reduce(old, value),
+        )  # fmt: skip
+        # Infinity marks that no batch came before.
+        _keep(
+          module, f'{side}_usual_{name}', jnp.full_like(value, start),
+          lambda old, value=value: jnp.where(
+            jnp.isinf(old), value, old + _MOMENTUM * (value - old)
+          ),
+        )  # fmt: skip
+    if site.is_layer:
+      _add_inputs(module, lhs, hessians)
 
   return tap
+
+
+def _add_inputs(module, lhs, hessians: bool) -> None:
+  """Adds a layer's inputs to what is known of its input channels."""
+  x = lhs.reshape(-1, lhs.shape[-1]).astype(jnp.float32)
+  zeros = jnp.zeros(x.shape[1])
+  _keep(module, 'sum', zeros, lambda old: old + x.sum(axis=0))
+  _keep(module, 'count', jnp.zeros(()), lambda old: old + x.shape[0])
+  _keep(
+    module, 'channel_low', zeros + jnp.inf,
+    lambda old: jnp.minimum(old, x.min(axis=0)),
+  )  # fmt: skip
+  _keep(
+    module, 'channel_high', zeros - jnp.inf,
+    lambda old: jnp.maximum(old, x.max(axis=0)),
+  )  # fmt: skip
+  if hessians:
+    start = jnp.zeros((x.shape[1], x.shape[1]))
+    _keep(module, 'hessian', start, lambda old: old + x.T @ x)
 
 
 def _stride(size: int) -> int:
   return next((k for k in _STRIDES if k * _SAMPLED >= size), _STRIDES[-1])
 
 
-def _second_tap(module, site, lhs, rhs):
-  for side, x in _operands(site, lhs, rhs).items():
-    low = module.get_variable('calib', f'{side}_low')
-    high = module.get_variable('calib', f'{side}_high')
-    width = jnp.maximum(high - low, 1e-12) / _BINS
-    # Every k-th value will do, and counting all of them would take minutes;
-    # a prime k does not always meet the same channel.
-    x = x.ravel()[:: _stride(x.size)].astype(jnp.float32)
-    at = jnp.clip(((x - low) / width).astype(jnp.int32), 0, _BINS - 1)
-    counts = jnp.zeros(_BINS, jnp.float32).at[at].add(1.0)
-    seen = module.variable('calib', f'{side}_counts', lambda: jnp.zeros(_BINS))
-    seen.value = seen.value + counts
+def _second_tap(scales: str):
+  bins = _BINS[scales]
+
+  def tap(module, site, lhs, rhs, dims):
+    for side, (x, _) in _operands(site, lhs, rhs, dims).items():
+      low = module.get_variable('calib', f'{side}_low')
+      high = module.get_variable('calib', f'{side}_high')
+      width = jnp.maximum(high - low, 1e-12) / bins
+      # Every k-th value will do, and counting all of them would take minutes;
+      # a prime k does not always meet the same channel.
+      at = jnp.arange(x.size)[:: _stride(x.size)]
+      row = jnp.zeros_like(at)
+      if scales == 'per_position':
+        shape = jnp.arange(low.size).reshape(low.shape)
+        row = jnp.broadcast_to(shape, x.shape).ravel()[at]
+      values = x.ravel()[at].astype(jnp.float32)
+      part = (values - low.ravel()[row]) / width.ravel()[row]
+      part = jnp.clip(part.astype(jnp.int32), 0, bins - 1)
+      counts = jnp.zeros((low.size, bins)).at[row, part].add(1.0)
+      counts = counts.reshape(*low.shape, bins)
+      _keep(
+        module, f'{side}_counts', jnp.zeros_like(counts),
+        lambda old, counts=counts: old + counts,
+      )  # fmt: skip
+
+  return tap
 
 
 def collect(
@@ -119,6 +174,7 @@ def collect(
   batches: Callable[[], Iterable[jax.Array]],
   sites: Iterable[Site],
   *,
+  scales: str = 'per_tensor',
   hessians: bool = False,
   histograms: bool = True,
   progress: Callable[[str], None] = lambda text: None,
@@ -130,6 +186,7 @@ def collect(
     variables: Of the model, in float.
     batches: () -> prepared images [b, h, w, 3]; called twice.
     sites: All of the model.
+    scales: One of SCALES.
     hessians: Whether X^T X of every layer's inputs is summed too.
     histograms: Whether the second pass is made.
     progress: Called with a line now and then.
@@ -138,9 +195,9 @@ def collect(
     QuantError: No batch came, or a site was never observed.
   """
   calib: dict[str, Any] = {}
-  passes = [('ranges', _first_tap(hessians))]
+  passes = [('ranges', _first_tap(scales, hessians))]
   if histograms:
-    passes.append(('histograms', _second_tap))
+    passes.append(('histograms', _second_tap(scales)))
   for text, tap in passes:
     model = build(Ops(tap=tap))
 
@@ -154,7 +211,7 @@ def collect(
       calib = step(calib, images)
       count += len(images)
     progress(f'calibration: {text} of {count} images')
-  found = tree.flatten(calib)
+  found = {name: np.asarray(x) for name, x in tree.flatten(calib).items()}
   missing = [s.path for s in sites if f'{s.path}/lhs_low' not in found]
   if missing:
     raise QuantError(
@@ -162,73 +219,46 @@ def collect(
       f'{" and more" if len(missing) > 8 else ""}; raise '
       'ptq.calibration_examples'
     )
-  return {site.path: _stats(found, site) for site in sites}
+  for name in [n for n in found if n.endswith('/sum')]:
+    site = name.removesuffix('/sum')
+    found[f'{site}/mean'] = found.pop(name) / found.pop(f'{site}/count')
+  return from_arrays(found)
 
 
-def _stats(found: dict[str, Any], site: Site) -> SiteStats:
-  def operand(side):
-    low, high = (
-      float(found[f'{site.path}/{side}_{name}']) for name in ('low', 'high')
+def to_arrays(stats: dict[str, SiteStats]) -> dict[str, np.ndarray]:
+  """Returns the statistics as one array a name, for a file."""
+  flat = {}
+  for path, site in stats.items():
+    for side in ('lhs', 'rhs'):
+      if getattr(site, side) is not None:
+        for field, value in vars(getattr(site, side)).items():
+          flat[f'{path}/{side}_{field}'] = value
+    for field in ('mean', 'channel_low', 'channel_high', 'hessian'):
+      flat[f'{path}/{field}'] = getattr(site, field)
+  return {name: x for name, x in flat.items() if x is not None}
+
+
+def from_arrays(flat: dict[str, np.ndarray]) -> dict[str, SiteStats]:
+  """Returns the statistics that `to_arrays` took apart."""
+  grouped: dict[str, dict[str, np.ndarray]] = {}
+  for name, value in flat.items():
+    path, _, field = name.rpartition('/')
+    grouped.setdefault(path, {})[field] = value
+
+  def operand(fields, side):
+    if f'{side}_low' not in fields:
+      return None
+    names = (field.name for field in dataclasses.fields(OperandStats))
+    return OperandStats(**{n: fields.get(f'{side}_{n}') for n in names})
+
+  return {
+    path: SiteStats(
+      operand(fields, 'lhs'),
+      operand(fields, 'rhs'),
+      *(
+        fields.get(n)
+        for n in ('mean', 'channel_low', 'channel_high', 'hessian')
+      ),
     )
-    counts = found.get(f'{site.path}/{side}_counts')
-    return OperandStats(
-      low, high, None if counts is None else np.asarray(counts)
-    )
-
-  hessian = found.get(f'{site.path}/hessian')
-  mean = None
-  if site.is_layer:
-    mean = np.asarray(found[f'{site.path}/sum'] / found[f'{site.path}/count'])
-  return SiteStats(
-    operand('lhs'),
-    None if site.is_layer else operand('rhs'),
-    mean,
-    None if hessian is None else np.asarray(hessian),
-  )
-
-
-def choose_range(
-  stats: OperandStats, bits: int, method: str
-) -> tuple[float, float]:
-  """Returns the (low, high) that an operand's codes should cover.
-
-  Args:
-    stats: What was seen.
-    bits: Of the codes; 'mse' needs them.
-    method: 'minmax'; 'percentile' (99.99 % of the values); or 'mse', the range
-      with the least squared error over the histogram, searched from both.
-  """
-  if method == 'minmax':
-    return stats.low, stats.high
-  edges = np.linspace(stats.low, stats.high, _BINS + 1)
-  total = np.cumsum(stats.counts)
-  cut = (1 - _KEPT) / 2 * total[-1]
-  usual = (
-    float(edges[np.searchsorted(total, cut)]),
-    float(edges[np.searchsorted(total, total[-1] - cut) + 1]),
-  )
-  if method == 'percentile':
-    return usual
-  centers = (edges[:-1] + edges[1:]) / 2
-  best, chosen = np.inf, usual
-  for tried in ((stats.low, stats.high), usual):
-    # One end after the other, each from where the last one stopped.
-    for side in (0, 1, 0, 1):
-      start = tried
-      for share in np.linspace(1.1, 0.1, 41):
-        ends = list(start)
-        ends[side] *= share
-        error = _range_error(centers, stats.counts, *ends, bits)
-        if error < best:
-          best, chosen, tried = error, tuple(ends), tuple(ends)
-  return chosen
-
-
-def _range_error(centers, counts, low, high, bits) -> float:
-  """Returns the summed squared error of rounding the bins' centers."""
-  low, high = min(low, 0.0), max(high, 0.0)
-  most = numerics.code_range(bits, symmetric=False)[1]
-  scale = max((high - low) / most, 1e-12)
-  zero = np.round(-low / scale)
-  codes = np.clip(np.round(centers / scale) + zero, 0, most)
-  return float(counts @ np.square((codes - zero) * scale - centers))
+    for path, fields in grouped.items()
+  }

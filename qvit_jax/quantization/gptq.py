@@ -18,7 +18,7 @@ from qvit_jax.quantization import numerics
 def round_by_outputs(
   w: Float[Array, 'i o'],
   hessian: Float[Array, 'i i'],
-  scale: Float[Array, '1 o'],
+  scale: Float[Array, 'i o'],
   *,
   bits: int,
   damping: float = 0.01,
@@ -29,7 +29,7 @@ def round_by_outputs(
   Args:
     w: Kernel.
     hessian: X^T X of the layer's inputs; any positive multiple will do.
-    scale: Distance of two levels per output channel, fixed beforehand.
+    scale: Distance of two levels of every weight, fixed beforehand.
     bits: Of a code.
     damping: Share of the mean diagonal that is added to the diagonal.
     block: Input channels between two updates of the remaining kernel.
@@ -42,7 +42,7 @@ def round_by_outputs(
   dead = jnp.diagonal(hessian) <= 0  # inputs that were never anything but 0
   hessian = hessian + jnp.diag(jnp.where(dead, mean, damping * mean) + 1e-20)
   order = jnp.argsort(-jnp.diagonal(hessian))
-  w = w[order]
+  w, scale = w[order], scale[order]
   hessian = hessian[order][:, order]
   # Rows of the upper factor of H^-1 are what the algorithm needs.
   lower = jnp.linalg.cholesky(hessian)
@@ -53,20 +53,22 @@ def round_by_outputs(
   upper = jnp.pad(upper, ((0, pad), (0, pad)))
   upper = upper + jnp.diag(jnp.arange(size + pad) >= size)
   w = jnp.pad(w, ((0, pad), (0, 0)))
+  scale = jnp.pad(scale, ((0, pad), (0, 0)), constant_values=1)
 
   def one_block(start, carry):
     w, codes = carry
     at = start * block
     part = jax.lax.dynamic_slice(w, (at, 0), (block, width))
+    steps = jax.lax.dynamic_slice(scale, (at, 0), (block, width))
     factor = jax.lax.dynamic_slice(upper, (at, at), (block, block))
 
     def one_row(i, inner):
       part, done, errors = inner
       row = part[i]
       code = numerics.to_codes(
-        row, scale[0], jnp.zeros_like(row), bits, symmetric=True
+        row, steps[i], jnp.zeros_like(row), bits, symmetric=True
       )
-      error = (row - code * scale[0]) / factor[i, i]
+      error = (row - code * steps[i]) / factor[i, i]
       # Rows after i take over what rounding row i has changed.
       later = jnp.arange(block) > i
       part = part - jnp.where(later, factor[i], 0)[:, None] * error[None]

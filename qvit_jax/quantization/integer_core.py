@@ -6,7 +6,8 @@ cut into pieces and added as int32, so results are those of integer hardware,
 bit for bit, at the speed of the fastest product that XLA has.
 
 Activations have asymmetric codes. What is multiplied is code - zero, a whole
-number again, so that no correction is left to make.
+number again, so that no correction is left to make. Models that AQT trained
+keep its symmetric codes: see `aqt_product`.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ import jax.numpy as jnp
 
 from qvit_jax.ops import Site, dot_general
 from qvit_jax.quantization import numerics
+from qvit_jax.quantization.aqt_product import aqt_product
 from qvit_jax.quantization.qtensor import QTensor, dequantize
+from qvit_jax.quantization.rotate import turn_blocks
+from qvit_jax.quantization.softmax_codes import log2_levels, twin_levels
 
 # Codes of more bits are rounded, but travel and multiply as float32.
 MAX_PACKED_BITS = 8
@@ -34,11 +38,22 @@ class SitePlan:
     acts: Bits of the activations; None: float activations.
     is_static: Whether scales of activations were calibrated; else each row of
       the product finds its own.
+    block: Channels that a Hadamard matrix turns together before they are
+      rounded (see `rotate.turn_blocks`); 0: none.
+    softmax: Codes of attention weights: 'uniform', 'log2' or 'twin'.
+    reach: Largest sum of |codes| of an output channel's kernel; 0: unknown.
+    aqt: 'per_token' or 'per_tensor' where activations have AQT's symmetric
+      codes (see `aqt_product`), with one scale for each row or for all; '':
+      dynamic or static codes from the smallest to the largest value.
   """
 
   weights: int | None = None
   acts: int | None = None
   is_static: bool = False
+  block: int = 0
+  softmax: str = 'uniform'
+  reach: int = 0
+  aqt: str = ''
 
   @property
   def is_integer(self) -> bool:
@@ -46,12 +61,11 @@ class SitePlan:
 
     An attention product has no weights.
     """
-    return self.acts is not None and max(self.acts, self.weights or 0) <= (
-      MAX_PACKED_BITS
-    )
+    fits = max(self.acts or 0, self.weights or 0) <= MAX_PACKED_BITS
+    return self.acts is not None and fits and self.softmax == 'uniform'
 
 
-def exact_dot(lhs, rhs, dims, largest: int):
+def exact_dot(lhs, rhs, dims, largest: int, total: int = 0):
   """Returns the exact product of two arrays of whole numbers, in float32.
 
   Args:
@@ -59,17 +73,18 @@ def exact_dot(lhs, rhs, dims, largest: int):
     rhs: The same.
     dims: `lax.dot_general`'s dimension numbers; one axis is contracted.
     largest: Bound on |lhs| * |rhs|, elementwise.
+    total: Bound on their sum over the contracted axis, where one is known.
   """
   ((axis,), (other,)), _ = dims
   size = lhs.shape[axis]
   piece = max(1, (_EXACT - 1) // largest)
-  if size <= piece:
+  if size <= piece or 0 < total < _EXACT:
     return jax.lax.dot_general(
       lhs, rhs, dims, preferred_element_type=jnp.float32
     )
   count = math.ceil(size / piece)
   edges = [size * i // count for i in range(count + 1)]
-  total = jnp.zeros((), jnp.int32)
+  summed = jnp.zeros((), jnp.int32)
   for low, high in zip(edges, edges[1:], strict=False):
     part = jax.lax.dot_general(
       jax.lax.slice_in_dim(lhs, low, high, axis=axis),
@@ -77,8 +92,8 @@ def exact_dot(lhs, rhs, dims, largest: int):
       dims,
       preferred_element_type=jnp.float32,
     )
-    total = total + part.astype(jnp.int32)
-  return total.astype(jnp.float32)
+    summed = summed + part.astype(jnp.int32)
+  return summed.astype(jnp.float32)
 
 
 def _carrier(bits: int):
@@ -114,14 +129,21 @@ class IntegerCore:
 
   Attributes:
     sites: (path, plan) of every product.
+    is_exact: Whether long sums are cut where float32 would round them. Without,
+      gradients pass.
   """
 
   sites: tuple[tuple[str, SitePlan], ...]
+  is_exact: bool = True
   is_packed = True
 
   def __call__(self, module, site: Site, lhs, rhs, dims):
     """See `ops.Core`; `rhs` is None for a layer."""
     plan = dict(self.sites)[site.path]
+    if plan.aqt:
+      if site.is_layer:
+        rhs = module.get_variable('quant', 'kernel')
+      return aqt_product(plan, site, lhs, rhs, dims, self._dot)
     if site.is_layer:
       return self._layer(module, plan, lhs)
     return self._product(module, plan, lhs, rhs, dims)
@@ -132,11 +154,18 @@ class IntegerCore:
     read = module.get_variable
     return read('quant', f'{side}_scale'), read('quant', f'{side}_zero')
 
+  def _dot(self, lhs, rhs, dims, largest: int, total: int = 0):
+    if self.is_exact:
+      return exact_dot(lhs, rhs, dims, largest, total)
+    return dot_general(lhs, rhs, dims)
+
   def _layer(self, module, plan: SitePlan, x):
     kernel = module.get_variable('quant', 'kernel')
     axis = x.ndim - 1
     dims = (((axis,), (0,)), ((), ()))
     scale = None
+    if plan.block:
+      x = turn_blocks(x.astype(jnp.float32), plan.block)
     if plan.acts is not None:
       x, scale = _centered(
         x, plan.acts, (axis,), self._stored(module, plan, 'lhs')
@@ -150,11 +179,12 @@ class IntegerCore:
     w = kernel.codes.astype(x.dtype)
     size = kernel.group
     total = sum(
-      exact_dot(
+      self._dot(
         x[..., g * size : (g + 1) * size],
         w[g * size : (g + 1) * size],
         dims,
         most,
+        plan.reach * (2**plan.acts - 1),
       )
       * row
       for g, row in enumerate(kernel.scale)
@@ -165,17 +195,30 @@ class IntegerCore:
     if plan.acts is None:
       return dot_general(lhs, rhs, dims)
     ((left,), (right,)), _ = dims
-    a, a_scale = _centered(
-      lhs, plan.acts, (left,), self._stored(module, plan, 'lhs')
-    )
+    if plan.softmax != 'uniform':
+      levels = {'log2': log2_levels, 'twin': twin_levels}[plan.softmax]
+      a, a_scale = levels(lhs.astype(jnp.float32), plan.acts, left), None
+    else:
+      a, a_scale = _centered(
+        lhs, plan.acts, (left,), self._stored(module, plan, 'lhs')
+      )
     b, b_scale = _centered(
       rhs, plan.acts, (right,), self._stored(module, plan, 'rhs')
     )
     if plan.is_integer:
-      y = exact_dot(a, b, dims, (2**plan.acts - 1) ** 2)
+      y = self._dot(a, b, dims, (2**plan.acts - 1) ** 2)
     else:
-      y = dot_general(a, b, dims)
-    if plan.is_static:
-      return y * a_scale * b_scale
+      y = dot_general(a, b.astype(a.dtype), dims)
+    if a_scale is None:
+      shape = [n if i != left else 1 for i, n in enumerate(a.shape)]
+      a_scale = jnp.ones(shape)
+    if a_scale.ndim == b_scale.ndim == 0:
+      return y * (a_scale * b_scale)
     # One number for each row of the left and each column of the right.
-    return y * jax.lax.dot_general(a_scale, b_scale, dims)
+    full = [
+      jnp.broadcast_to(
+        s, [n if i != axis else 1 for i, n in enumerate(x.shape)]
+      )
+      for s, x, axis in ((a_scale, a, left), (b_scale, b, right))
+    ]
+    return y * jax.lax.dot_general(*full, dims)

@@ -6,11 +6,26 @@ codes from 0 to 2**bits - 1, or from -m to m with m = 2**(bits-1) - 1 and zero 0
 section 2.1; Nagel et al. 2021, arXiv:2106.08295, section 2.2.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Below it a channel is constant and any scale will do.
 _TINY = 1e-12
+
+
+@jax.custom_jvp
+def round_through(x: Float[Array, '*s']) -> Float[Array, '*s']:
+  """Returns the nearest whole numbers, half to even; the gradient is 1.
+
+  The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432).
+  """
+  return jnp.round(x)
+
+
+@round_through.defjvp
+def _round_through_jvp(primals, tangents):
+  return jnp.round(primals[0]), tangents[0]
 
 
 def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
@@ -47,7 +62,7 @@ def scale_of(
     return scale, jnp.zeros_like(scale)
   low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
   scale = jnp.maximum((high - low) / (last - first), _TINY)
-  return scale, jnp.round(-low / scale)
+  return scale, round_through(-low / scale)
 
 
 def to_codes(
@@ -60,7 +75,8 @@ def to_codes(
 ) -> Float[Array, '...']:
   """Returns the nearest codes, as whole floats; half goes to even."""
   first, last = code_range(bits, symmetric=symmetric)
-  return jnp.clip(jnp.round(x / scale) + zero, first, last)
+  # Clipped before it is rounded: a gradient is 1 up to the last level.
+  return round_through(jnp.clip(x / scale, first - zero, last - zero)) + zero
 
 
 def from_codes(
@@ -83,6 +99,27 @@ def round_to_grid(
   """Returns x moved to the nearest level: quantized and dequantized."""
   codes = to_codes(x, scale, zero, bits, symmetric=symmetric)
   return from_codes(codes, scale, zero)
+
+
+def aqt_codes(
+  x: Float[Array, '...'], bits: int, axes: tuple[int, ...] | None
+) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+  """Returns (codes, scale) by the rule of `aqt_core`, in the dtype of x.
+
+  Step by step what AQT does, so that the codes are its codes, bit for bit: in
+  bf16 only under `jit`, where XLA rounds between other steps than without.
+
+  Args:
+    x: Activations or a kernel.
+    bits: Of the codes, from -m to m with m = 2**(bits-1) - 1.
+    axes: Over which a scale is shared; None: all.
+  """
+  most = jnp.abs(x).max(axis=axes, keepdims=True)
+  scale = jnp.where(most == 0, 1, most) / (2 ** (bits - 1) - 0.5)
+  inverse = 1 / scale
+  inverse = jnp.where(jnp.isinf(inverse), 1, inverse)
+  first, last = code_range(bits, symmetric=True)
+  return jnp.round(jnp.clip(x * inverse, first, last)), scale
 
 
 def search_scale(

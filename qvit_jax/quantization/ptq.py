@@ -4,7 +4,7 @@ It is handed parameters and statistics and never runs the model itself.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,12 +13,22 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import FloatCore, Ops, Site, Stream
-from qvit_jax.quantization import calibrate, gptq, numerics, qtensor, rotate
+from qvit_jax.quantization import (
+  adaround,
+  gptq,
+  numerics,
+  qtensor,
+  reparametrize,
+  rotate,
+  smooth_quant,
+)
+from qvit_jax.quantization.calibrate import SiteStats
 from qvit_jax.quantization.integer_core import (
   MAX_PACKED_BITS,
   IntegerCore,
   SitePlan,
 )
+from qvit_jax.quantization.ranges import choose_range
 from qvit_jax.quantization.rows import STEM_ACTS, Row
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
@@ -55,62 +65,170 @@ class Packed:
 
 
 def transform(
-  row: Row, params: dict[str, np.ndarray], stream: Stream, *, seed: int
+  row: Row,
+  params: dict[str, np.ndarray],
+  stream: Stream,
+  observe: Callable[[tuple[str, ...], dict], Mapping[str, SiteStats]],
+  *,
+  seed: int,
 ) -> dict[str, np.ndarray]:
-  """Returns parameters of the same function that are easier to round."""
-  if 'rotate' not in row.solvers:
-    return params
-  return rotate.turn(rotate.fold_norms(params, stream), stream, seed=seed)
+  """Returns parameters of the same function that are easier to round.
+
+  Args:
+    row: Its transforms are applied in the order of `rows.TRANSFORMS`.
+    params: Path to float32 array.
+    stream: Who writes to and reads from the residual stream.
+    observe: (transforms so far, parameters so far) -> statistics.
+    seed: Of the rotations.
+  """
+  done: tuple[str, ...] = ()
+  for solver in row.transforms:
+    if solver == 'rotate':
+      params = rotate.turn(rotate.fold_norms(params, stream), stream, seed=seed)
+    else:
+      seen = observe(done, params)
+      layers = {n: s for n, s in seen.items() if s.channel_low is not None}
+      if solver == 'smooth_quant':
+        largest = {
+          n: np.maximum(np.abs(s.channel_low), np.abs(s.channel_high))
+          for n, s in layers.items()
+        }
+        params = smooth_quant.smooth(params, stream, largest)
+      else:
+        ranges = {n: (s.channel_low, s.channel_high) for n, s in layers.items()}
+        params = reparametrize.reparametrize(params, stream, ranges)
+    done = (*done, solver)
+  return params
+
+
+def plan_sites(
+  row: Row,
+  sites: Sequence[Site],
+  params: dict[str, np.ndarray],
+  stream: Stream,
+  chosen: Mapping[str, QuantSpec] | None = None,
+) -> dict[str, SitePlan]:
+  """Returns how each product of a quantized row runs.
+
+  Args:
+    row: What is asked for.
+    sites: All products of the model.
+    params: Float parameters; 'mixed_variance' looks at them.
+    stream: Says which layers `hadamard` can help.
+    chosen: Bits of each site, for 'mixed_sensitivity'.
+  """
+  spread = {
+    s.path: float(params[f'{s.path}/kernel'].var()) for s in sites if s.is_layer
+  }
+  middle = np.median(list(spread.values()))
+  plans = {}
+  for site in sites:
+    weights, acts = row.weights, row.acts if row.attention else None
+    if site.is_layer:
+      acts = row.acts
+    if row.mixed == 'mixed_simple':
+      weights = 4 if site.kind == 'dense' else None
+    elif row.mixed == 'mixed_variance':
+      weights = 4 if spread.get(site.path, np.inf) <= middle else None
+    elif row.mixed:
+      weights, acts = chosen[site.path].weights, chosen[site.path].acts
+    if acts and site.kind == 'conv':
+      acts = max(acts, STEM_ACTS)
+    block = 0
+    if 'hadamard' in row.solvers and acts and site.path in stream.hidden:
+      block = rotate.hadamard_block(site.rhs_shape[0])
+    plans[site.path] = SitePlan(
+      weights if site.is_layer else None,
+      acts,
+      is_static=row.is_static and acts is not None,
+      block=block,
+      softmax=row.softmax if site.kind == 'av' and acts else 'uniform',
+    )
+  return plans
 
 
 def apply_row(
   row: Row,
+  plans: dict[str, SitePlan],
   params: dict[str, np.ndarray],
   sites: Sequence[Site],
-  stats: dict[str, calibrate.SiteStats] | None,
+  stats: Mapping[str, SiteStats] | None,
   *,
-  range_method: str,
+  ranges: str = 'mse',
 ) -> Packed:
   """Returns the model as a row wants it.
 
   Args:
     row: What to do.
+    plans: Of `plan_sites`; unused by float rows.
     params: Path to float32 array, transformed for the row.
     sites: All products of the model.
     stats: What calibration saw of these parameters; None where the row needs
       nothing of it.
-    range_method: Of `calibrate.RANGES`, for static activations.
+    ranges: Of `ranges.RANGES`, for static activations.
 
   Raises:
     QuantError: Bits that cannot be packed; the site is named.
   """
-  if row.weights is None and row.acts is None:
+  if row.is_float:
     return _float_row(row, params, sites)
-  specs, plans = [], {}
   rest = dict(params)
   quant: dict[str, Any] = {}
   for site in sites:
-    spec, plan = _site_plan(row, site)
-    specs.append(spec)
-    plans[site.path] = plan
+    plan = plans[site.path]
     if site.is_layer:
       kernel = rest.pop(f'{site.path}/kernel').reshape(site.rhs_shape)
-      packed, correction = _pack(row, site, jnp.asarray(kernel), stats)
+      packed, correction = _pack(row, site, plan, jnp.asarray(kernel), stats)
       quant[f'{site.path}/kernel'] = packed
       if correction is not None:
         bias = rest[f'{site.path}/bias']
         rest[f'{site.path}/bias'] = bias + correction.reshape(bias.shape)
     if plan.is_static:
-      quant |= _static_scales(site, plan, stats, range_method)
+      quant |= _static_scales(row, site, plan, stats, ranges)
+  granularity = 'per_tensor' if row.is_static else 'per_token'
+  return assemble(rest, quant, plans, sites, row.dtype, granularity)
+
+
+def assemble(
+  params: dict[str, Any],
+  quant: dict[str, Any],
+  plans: dict[str, SitePlan],
+  sites: Sequence[Site],
+  dtype: str,
+  granularity: str,
+) -> Packed:
+  """Returns the model of arrays by path.
+
+  Args:
+    params: What is no kernel.
+    quant: Kernels, and scales of static activations.
+    plans: How each product runs.
+    sites: All products of the model.
+    dtype: Compute dtype, and that of kernels that are left in float.
+    granularity: Of the scales of activations, for the printed plan.
+  """
+  plans = dict(plans)
+  for path, plan in plans.items():
+    kernel = quant.get(f'{path}/kernel')
+    if isinstance(kernel, qtensor.QTensor):
+      reach = int(jnp.abs(kernel.codes.astype(jnp.int32)).sum(axis=0).max())
+      plans[path] = dataclasses.replace(plan, reach=reach)
   variables = {
-    'params': tree.nest({n: jnp.asarray(x) for n, x in rest.items()}),
+    'params': tree.nest({n: jnp.asarray(x) for n, x in params.items()}),
     'quant': tree.nest(quant),
   }
+  left = None if dtype == 'float32' else 16  # bits of what is not rounded
+  specs = tuple(
+    QuantSpec(
+      (plans[s.path].weights or left) if s.is_layer else None,
+      plans[s.path].acts or left,
+    )
+    for s in sites
+  )
+  plan = QuantPlan(tuple(sites), specs, granularity)
   core = IntegerCore(tuple(plans.items()))
-  granularity = 'per_tensor' if row.is_static else 'per_token'
-  plan = QuantPlan(tuple(sites), tuple(specs), granularity)
-  execution, why = _execution(row)
-  return Packed(variables, Ops(core=core), 'float32', plan, execution, why)
+  execution, why = _execution(plans, sites)
+  return Packed(variables, Ops(core=core), dtype, plan, execution, why)
 
 
 def _float_row(row: Row, params, sites) -> Packed:
@@ -128,66 +246,107 @@ def _float_row(row: Row, params, sites) -> Packed:
   )
 
 
-def _execution(row: Row) -> tuple[str, str]:
-  if row.acts is None:
-    return 'simulated', 'packed weights are dequantized: products in float'
-  if max(row.weights, row.acts) > MAX_PACKED_BITS:
-    return 'simulated', f'codes of over {MAX_PACKED_BITS} bits travel as float'
-  return 'integer', ''
-
-
-def _site_plan(row: Row, site: Site) -> tuple[QuantSpec, SitePlan]:
-  weights, acts = row.weights, row.acts
-  if not site.is_layer:
-    weights, acts = None, acts if row.attention else None
-  elif acts and site.kind == 'conv':
-    acts = max(acts, STEM_ACTS)
-  is_static = row.is_static and acts is not None
-  return QuantSpec(weights, acts), SitePlan(weights, acts, is_static)
-
-
-def _pack(row: Row, site: Site, w, stats):
-  """Returns (QTensor, or a float matrix on the grid; change of the bias)."""
-  bits = row.weights
-  try:
-    if 'gptq' in row.solvers:
-      scale = numerics.search_scale(w, bits)
-      hessian = jnp.asarray(stats[site.path].hessian)
-      codes = gptq.round_by_outputs(w, hessian, scale, bits=bits)
-      if bits > MAX_PACKED_BITS:
-        packed = codes * scale
-      else:
-        packed = qtensor.from_codes(codes, scale, bits)
-    elif bits > MAX_PACKED_BITS:
-      scale = numerics.search_scale(w, bits, steps=1)
-      packed = numerics.round_to_grid(
-        w, scale, jnp.zeros_like(scale), bits, symmetric=True
-      )
+def _execution(
+  plans: dict[str, SitePlan], sites: Sequence[Site]
+) -> tuple[str, str]:
+  """Returns how the products run, and why not as integers."""
+  reasons: dict[str, int] = {}
+  for site in sites:
+    plan = plans[site.path]
+    if plan.weights is None and plan.acts is None:
+      why = 'in float'
+    elif plan.softmax != 'uniform':
+      why = f'with {plan.softmax} softmax codes, which are no even steps'
+    elif plan.acts is None:
+      why = 'of packed weights, dequantized, with float activations'
+    elif site.is_layer and plan.weights is None:
+      why = 'of float weights with rounded activations'
+    elif not plan.is_integer:
+      why = f'of codes of over {MAX_PACKED_BITS} bits, which travel as float'
     else:
-      packed = qtensor.quantize(w, bits, group=row.group)
+      continue
+    reasons[why] = reasons.get(why, 0) + 1
+  if not reasons:
+    return 'integer', ''
+  listed = ', '.join(f'{count} {why}' for why, count in reasons.items())
+  return 'simulated', f'of {len(plans)} products: {listed}'
+
+
+def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
+  """Returns (QTensor, or a float matrix; change of the bias or None)."""
+  bits = plan.weights
+  if bits is None:
+    return w.astype(jnp.dtype(row.dtype)), None
+  hessian = None
+  if row.needs_hessians:
+    hessian = jnp.asarray(stats[site.path].hessian)
+  mean = stats[site.path].mean if 'bias_correction' in row.solvers else None
+  if plan.block:
+    w = rotate.turn_blocks(w.T, plan.block).T
+    if hessian is not None:
+      half = rotate.turn_blocks(hessian, plan.block)
+      hessian = rotate.turn_blocks(half.T, plan.block)
+    if mean is not None:
+      mean = np.asarray(rotate.turn_blocks(jnp.asarray(mean), plan.block))
+  try:
+    packed = _round(row, w, hessian, bits)
   except QuantError as error:
     raise QuantError(f'{site.path}: {error}') from error
-  if 'bias_correction' not in row.solvers:
+  if mean is None:
     return packed, None
   near = (
     qtensor.dequantize(packed)
     if isinstance(packed, qtensor.QTensor)
     else packed
   )
-  return packed, np.asarray(stats[site.path].mean @ (w - near))
+  return packed, np.asarray(mean @ (w - near))
 
 
-def _static_scales(site: Site, plan: SitePlan, stats, range_method: str):
+def _round(row: Row, w, hessian, bits: int):
+  """Returns a QTensor, or above 8 bits a float matrix on the grid."""
+  if row.needs_hessians:
+    scale = qtensor.group_scales(w, bits, group=row.group)
+    full = qtensor.spread_scales(scale, w.shape[0], row.group)
+    solve = (
+      gptq.round_by_outputs
+      if 'gptq' in row.solvers
+      else adaround.round_by_reconstruction
+    )
+    codes = solve(w, hessian, full, bits=bits)
+    if bits > MAX_PACKED_BITS:
+      return codes * full
+    return qtensor.from_codes(codes, scale, bits, group=row.group)
+  if bits > MAX_PACKED_BITS:
+    scale = numerics.search_scale(w, bits, steps=1)  # the widest
+    zero = jnp.zeros_like(scale)
+    return numerics.round_to_grid(w, scale, zero, bits, symmetric=True)
+  return qtensor.quantize(w, bits, group=row.group, search=not row.is_plain)
+
+
+def _static_scales(row: Row, site: Site, plan: SitePlan, stats, ranges: str):
   """Returns the collection's entries of a calibrated site."""
   entries = {}
-  sides = {'lhs': stats[site.path].lhs}
-  if not site.is_layer:
-    sides['rhs'] = stats[site.path].rhs
-  for side, operand in sides.items():
-    low, high = calibrate.choose_range(operand, plan.acts, range_method)
+  for side, operand in static_operands(site, plan, stats[site.path]).items():
+    low, high = row_range(row, plan, operand, ranges)
     scale, zero = numerics.scale_of(
-      jnp.float32(low), jnp.float32(high), plan.acts, symmetric=False
+      jnp.asarray(low), jnp.asarray(high), plan.acts, symmetric=False
     )
     entries[f'{site.path}/{side}_scale'] = scale
     entries[f'{site.path}/{side}_zero'] = zero
   return entries
+
+
+def static_operands(site: Site, plan: SitePlan, stats: SiteStats):
+  """Returns {side: statistics} of the operands with calibrated scales."""
+  if site.is_layer:
+    return {'lhs': stats.lhs}
+  if plan.softmax != 'uniform':  # whose codes find their range by themselves
+    return {'rhs': stats.rhs}
+  return {'lhs': stats.lhs, 'rhs': stats.rhs}
+
+
+def row_range(row: Row, plan: SitePlan, operand, ranges: str):
+  """Returns the (low, high) that a static row gives an operand's codes."""
+  if row.clip is not None:
+    return choose_range(operand, plan.acts, 'percentile', kept=row.clip)
+  return choose_range(operand, plan.acts, ranges)

@@ -124,6 +124,16 @@ def quantize(
   """
   if not 2 <= bits <= 8:
     raise QuantError(f'{bits} bits cannot be packed; allowed are 2 to 8')
+  scale = group_scales(w, bits, group=group, search=search)
+  full = spread_scales(scale, w.shape[0], group)
+  codes = numerics.to_codes(w, full, jnp.zeros_like(full), bits, symmetric=True)
+  return from_codes(codes, scale, bits, group=group)
+
+
+def group_scales(
+  w: Float[Array, 'i o'], bits: int, *, group: int = 0, search: bool = True
+) -> Float[Array, 'g o']:
+  """Returns one scale for each group of input channels; see `quantize`."""
   rows, width = w.shape
   group = min(group or rows, rows)
   count = -(-rows // group)
@@ -136,15 +146,17 @@ def quantize(
   else:
     most = jnp.abs(columns).max(axis=0, keepdims=True)
     scale, _ = numerics.scale_of(-most, most, bits, symmetric=True)
-  codes = numerics.to_codes(
-    columns, scale, jnp.zeros_like(scale), bits, symmetric=True
-  )
-  codes = codes.reshape(group, count, width).transpose(1, 0, 2)
-  codes = codes.reshape(count * group, width)[:rows]
-  return from_codes(codes, scale.reshape(count, width), bits, group=group)
+  return scale.reshape(count, width)
+
+
+def spread_scales(
+  scale: Float[Array, 'g o'], rows: int, group: int = 0
+) -> Float[Array, 'i o']:
+  """Returns the scale of every weight."""
+  return jnp.repeat(scale, min(group or rows, rows), axis=0)[:rows]
 
 
 def dequantize(q: QTensor) -> Float[Array, 'i o']:
   """Returns the float32 matrix that a QTensor stands for."""
-  scale = jnp.repeat(q.scale, q.group, axis=0)[: q.rows]
+  scale = spread_scales(q.scale, q.rows, q.group)
   return q.codes.astype(jnp.float32) * scale

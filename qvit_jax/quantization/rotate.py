@@ -9,10 +9,14 @@ variances of a token are those of the turned token. What LayerNorm learned
 (scale and bias) and LayerScale go into the neighbouring kernels first.
 
 Source: Ashkboos et al. 2024, QuaRot, arXiv:2404.00456, section 4, for RMSNorm;
-that a rotation which fixes the ones commutes with LayerNorm is our step.
+that a rotation which fixes the ones commutes with LayerNorm is our step. What a
+nonlinearity puts out nothing can turn beforehand; `turn_blocks` does it while
+the model runs (their section 4, stage 1c).
 """
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from qvit_jax.ops import Stream
 
@@ -47,6 +51,30 @@ def fold_norms(
     p[f'{norm}/scale'] = np.ones_like(scale)
     p[f'{norm}/bias'] = np.zeros_like(bias)
   return p
+
+
+def hadamard_block(width: int, most: int = 64) -> int:
+  """Returns the largest power of two up to `most` that divides a width."""
+  return min(width & -width, most)
+
+
+def turn_blocks(x: Float[Array, '... i'], block: int) -> Float[Array, '... i']:
+  """Returns x with every block of channels turned by a Hadamard matrix.
+
+  It is symmetric and its own inverse, and costs log2(block) additions a value.
+
+  Args:
+    x: Activations, or a kernel with its input channels last.
+    block: A power of two that divides the channels.
+  """
+  shape = x.shape
+  size = 1
+  while size < block:
+    pairs = x.reshape(*shape[:-1], -1, 2, size)
+    a, b = pairs[..., 0, :], pairs[..., 1, :]
+    x = jnp.stack([a + b, a - b], axis=-2)
+    size *= 2
+  return (x * block**-0.5).reshape(shape)
 
 
 def orthogonal(size: int, rng: np.random.Generator) -> np.ndarray:

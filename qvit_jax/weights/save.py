@@ -137,9 +137,12 @@ def save_weights(
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
-  """Returns the texts in the header of a safetensors file."""
-  with safetensors.safe_open(path, framework='numpy') as file:
-    return file.metadata() or {}
+  """Returns the texts in the header of a safetensors file; {} for others."""
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      return file.metadata() or {}
+  except safetensors.SafetensorError:
+    return {}
 
 
 def _umask() -> int:

@@ -1,0 +1,69 @@
+"""AQT's product from packed codes: how a trained model runs packed. Row 4.
+
+The same steps in the same order and dtype as behind `aqt_core`, so that a
+packed model computes what its training evaluated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from qvit_jax.ops import Site, dot_general
+from qvit_jax.quantization import numerics
+from qvit_jax.quantization.qtensor import QTensor
+
+
+def aqt_product(
+  plan: Any, site: Site, lhs, rhs, dims, integer_dot: Callable[..., Any]
+):
+  """Returns lhs . rhs in float32. See `ops.Core`.
+
+  Args:
+    plan: The `SitePlan`.
+    site: What is computed.
+    lhs: Activations.
+    rhs: Packed or float kernel, or the activations of an attention product.
+    dims: Dimension numbers; one axis is contracted.
+    integer_dot: (lhs, rhs, dims, bound on |lhs| * |rhs|, bound on their sum or
+      0) -> exact product of whole numbers, in float32.
+  """
+  dtype = lhs.dtype
+  left, right = dims[0] if plan.aqt == 'per_token' else (None, None)
+  scales = {}
+  if plan.acts:
+    lhs, scales[0] = numerics.aqt_codes(lhs, plan.acts, left)
+  if isinstance(rhs, QTensor):
+    rhs, scales[1] = rhs.codes, rhs.scale.astype(dtype)
+  elif plan.acts and not site.is_layer:
+    rhs, scales[1] = numerics.aqt_codes(rhs, plan.acts, right)
+  if len(scales) == 2:
+    # Codes of up to 8 bits are exact in bf16.
+    lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+    most = 2 ** (plan.acts - 1)
+    largest = most * 2 ** ((plan.weights or plan.acts) - 1)
+    y = integer_dot(lhs, rhs, dims, largest, plan.reach * most)
+    y = y.astype(jnp.int32)  # as AQT's, else XLA skips rounding to bf16 below
+  else:
+    y = dot_general(lhs, rhs.astype(dtype), dims)
+  y = y.astype(dtype)
+  for side, scale in scales.items():
+    y = y * _spread(scale, dims, side, y.ndim)
+  return y.astype(jnp.float32)
+
+
+def _spread(scale, dims, side: int, ndim: int):
+  """Returns the scale of one operand with the axes of the product.
+
+  Args:
+    scale: With the operand's axes; the contracted one has length 1.
+    dims: Dimension numbers.
+    side: 0 for the left operand, 1 for the right one.
+    ndim: Of the product: batch axes, the left's own, the right's own.
+  """
+  (axis,), batch = dims[0][side], dims[1][side]
+  own = [i for i in range(scale.ndim) if i != axis and i not in batch]
+  scale = scale.transpose(*batch, *own, axis)[..., 0]
+  cut = len(batch) if side else scale.ndim
+  others = (1,) * (ndim - scale.ndim)
+  return scale.reshape(*scale.shape[:cut], *others, *scale.shape[cut:])

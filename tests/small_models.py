@@ -1,0 +1,65 @@
+"""Small models with uneven parameters, for tests of quantization."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvit_jax import models, tree
+from qvit_jax.quantization import calibrate, ptq, rows
+from tests.conftest import make_digits_config
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+
+
+def rich_config(**fields):
+  config = make_digits_config()
+  config.model.update(depth=2, width=24, heads=3, mlp_dim=40)
+  config.model.update(fields)
+  return config
+
+
+def random_params(config):
+  """Parameters with norms, scales and biases that are not ones and zeros."""
+  model = models.build_model(config)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  rng = np.random.default_rng(0)
+  return {
+    name: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32)
+    for name, x in tree.flatten(params).items()
+  }
+
+
+def logits(config, params, images):
+  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
+  return models.build_model(config).apply(variables, images)
+
+
+def collect(config, params, batches, **wanted):
+  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
+  return calibrate.collect(
+    lambda ops: models.build_model(config, ops),
+    variables,
+    lambda: batches,
+    models.list_sites(config),
+    **wanted,
+  )
+
+
+def seen(x, bins=2048):
+  """Statistics of one operand, as calibration would keep them."""
+  counts, _ = np.histogram(x, bins, (x.min(), x.max()))
+  ends = np.asarray(x.min(), 'float32'), np.asarray(x.max(), 'float32')
+  return calibrate.OperandStats(*ends, *ends, counts.astype(np.float32))
+
+
+def pack(config, name, params, stats=None, **options):
+  """The packed model of a row; transforms see `stats` too."""
+  row, sites = rows.parse_row(name), models.list_sites(config)
+  stream = models.stream(config)
+  params = ptq.transform(
+    row, params, stream, lambda done, params: stats, seed=0
+  )
+  plans = ptq.plan_sites(row, sites, params, stream)
+  return ptq.apply_row(row, plans, params, sites, stats, **options)
