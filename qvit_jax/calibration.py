@@ -25,13 +25,15 @@ from qvit_jax.quantization import calibrate
 
 _BATCH = 32
 _KEY = 'qvit_jax_calibration'
+_FORMAT = 1  # raised when statistics come out otherwise
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
   """Returns the SHA-256 of named arrays."""
   total = hashlib.sha256()
   for name, values in sorted(params.items()):
-    total.update(name.encode() + np.ascontiguousarray(values).tobytes())
+    total.update(f'{name} {values.dtype} {values.shape} '.encode())
+    total.update(np.ascontiguousarray(values).tobytes())
   return total.hexdigest()
 
 
@@ -155,20 +157,21 @@ class Calibration:
     name = f'{"+".join(transforms) or "plain"}.safetensors'
     facts = self._facts(params)
     given = self._config.ptq.calibration_path
-    for folder in filter(None, (given, self._own)):
-      path = pathlib.Path(folder) / name
-      if not path.is_file():
-        continue
-      found = self._read(path, facts)
-      if found is not None:
-        self._say(f'calibration: statistics of {path}')
-        return found
-      if given and folder == given:
-        raise QuantError(
-          f'ptq.calibration_path={given!r}: {name} is of other weights, '
-          'images or settings, or holds no Hessians; give those of this model '
-          'or leave the path out'
-        )
+    path = pathlib.Path(given or self._own) / name
+    found = self._read(path, facts) if path.is_file() else None
+    if found is not None:
+      self._say(f'calibration: statistics of {path}')
+      return found
+    if given:
+      wrong = (
+        'is of other weights, images or settings, or holds no Hessians'
+        if path.is_file()
+        else 'is not there'
+      )
+      raise QuantError(
+        f'ptq.calibration_path={given!r}: {name} {wrong}; give the folder of a '
+        'run with these rows and this model, or leave the path out'
+      )
     stats = calibrate.collect(
       lambda ops: build_model(self._config, ops, 'float32'),
       nest(params),
@@ -187,9 +190,10 @@ class Calibration:
   def _facts(self, params) -> dict[str, Any]:
     config = config_lib.to_json(self._config)
     return {
+      'format': _FORMAT,
+      'architecture': json.loads(json.dumps(models.architecture(self._config))),
       'weights': digest(params),
       'data': config['data'],
-      'image_size': config['model']['image_size'],
       'seed': config['seed'],
       'examples': config['ptq']['calibration_examples'],
       'scales': config['ptq']['scales'],

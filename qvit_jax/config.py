@@ -216,6 +216,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'no row of ptq.rows is static; add int8_static',
     ),
     (
+        ('ptq.tune_steps',),
+        lambda c: any('tune' in row for row in c.ptq.rows),
+        'no row of ptq.rows has the solver tune; add w4a4+gptq+tune',
+    ),
+    (
         ('ptq.scales',),
         lambda c: any('static' in r or 'clip' in r for r in c.ptq.rows),
         'no row of ptq.rows is static; add int8_static',

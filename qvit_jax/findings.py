@@ -110,14 +110,16 @@ def histograms(
   return found
 
 
-def qat_row(path: str) -> dict[str, Any]:
+def qat_row(path: str, num_classes: int) -> dict[str, Any]:
   """Returns the evaluated model of a training run's results.json."""
   place = pathlib.Path(path) / 'results.json'
   try:
     found = json.loads(place.read_text(encoding='utf-8'))['baseline']
+    if found['method'] == 'none' or len(found['confusion']) != num_classes:
+      raise ValueError(path)
     return {**found, 'name': pathlib.Path(path).name}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
-      f'ptq.qat_runs: {path!r} holds no results.json of a training; give '
-      'workdirs of --mode=train'
+      f'ptq.qat_runs: {path!r} holds no results.json of a quantization-aware '
+      f'training with {num_classes} classes; give workdirs of --mode=train'
     ) from error

@@ -22,7 +22,7 @@ from qvit_jax import (
 from qvit_jax import config as config_lib
 from qvit_jax.calibration import Calibration, build_model, nest
 from qvit_jax.data import preprocess
-from qvit_jax.errors import ConfigError
+from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import benchmark as timing
 from qvit_jax.evaluation import page, report
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
@@ -72,22 +72,41 @@ class Table:
       )
     self.sites = experiment.model.plan.sites
     self.stream = models.stream(config)
-    self.qat = [findings.qat_row(path) for path in config.ptq.qat_runs]
+    self.qat = [
+      findings.qat_row(path, config.model.num_classes)
+      for path in config.ptq.qat_runs
+    ]
     self.calibration = Calibration(
       experiment, place, say, hessians=any(r.needs_hessians for r in self.rows)
     )
     self._stats: dict[tuple[str, ...], dict[str, calibrate.SiteStats]] = {}
     # Rows of an earlier run count only if they are of the same weights.
     self._digest = calibration.digest(params)
+    self._done: dict[str, dict[str, Any]] = {}
+    self._check_mixed()
+
+  def _check_mixed(self) -> None:
+    """Refuses choices and budgets before hours of other rows."""
+    if any(row.mixed == 'mixed_sensitivity' for row in self.rows):
+      sensitivity.Sensitivity(
+        self.experiment, self.params, self.place, self.say
+      )
 
   def run(self) -> list[dict[str, Any]]:
     """Runs every row that results.json does not hold yet; returns all."""
-    done = self._done_rows()
-    base, rival = (
-      self._measure(self._pack(parse_row(name))) for name in (_BASELINE, _RIVAL)
-    )
-    rivals = {'float': base, 'bf16': rival}
-    baseline = self._row(parse_row(_BASELINE), base, rivals, 0.0)
+    self._done = done = self._done_rows()
+    known = {
+      name: self._measure(self._pack(parse_row(name)))
+      for name in (_BASELINE, _RIVAL)
+    }
+    base = known[_BASELINE].logits
+    if not np.isfinite(base).all() or not base.any():
+      raise DivergedError(
+        'the float logits are zero or not finite, so no row can be compared '
+        'with them; start from a trained checkpoint'
+      )
+    rivals = {'float': known[_BASELINE], 'bf16': known[_RIVAL]}
+    baseline = self._row(parse_row(_BASELINE), known[_BASELINE], rivals, None)
     finished = []
     for index, row in enumerate(self.rows):
       if row.name in done:
@@ -95,9 +114,13 @@ class Table:
         self.say(f'row {index + 1}/{len(self.rows)}  {row.name}: done before')
         continue
       started = time.monotonic()
-      packed = self._pack(row)
-      seconds = time.monotonic() - started
-      found = self._measure(packed)
+      seconds = None
+      if row.name not in known:
+        packed = self._pack(row)
+        seconds = time.monotonic() - started
+        found = self._measure(packed)
+      else:  # measured above, as what rows are compared with
+        found = known[row.name]
       finished.append(self._row(row, found, rivals, seconds))
       self._write(baseline, finished)
       self.say(self._line(index, finished[-1]))
@@ -110,12 +133,32 @@ class Table:
     path = self.place / 'results.json'
     if not path.is_file():
       return {}
-    old = json.loads(path.read_text(encoding='utf-8'))
-    if old.get('row_digest') != self._row_digest():
+    try:
+      old = json.loads(path.read_text(encoding='utf-8'))
+      digests = old.get('row_digest'), old.get('weights_digest')
+    except (ValueError, AttributeError) as error:
+      raise ConfigError(
+        f'{path} is no table of rows ({type(error).__name__}); delete it and '
+        'run the same command again'
+      ) from error
+    # Other weights: trained further since.
+    if digests != (self._row_digest(), self._digest):
       return {}
-    if old.get('weights_digest') != self._digest:  # trained further since
-      return {}
-    return {row['name']: row for row in old['rows']}
+    return {
+      row['name']: row
+      for row in [*old['rows'], *old.get('other_rows', ())]
+      if self._is_whole(row)
+    }
+
+  def _is_whole(self, row: dict[str, Any]) -> bool:
+    """Returns whether a row's file is there and its name means the same."""
+    parsed = parse_row(row['name'])
+    path = self._artifact(parsed)
+    return (
+      row['method'] == parsed.method
+      and path.is_file()
+      and path.stat().st_size == row['artifact_bytes']
+    )
 
   def _row_digest(self) -> str:
     """Returns the digest of everything that a row's numbers depend on."""
@@ -127,7 +170,10 @@ class Table:
   def _write(self, baseline, rows) -> dict[str, Any]:
     content = report.results(config_lib.to_json(self.config), baseline, rows)
     table = self.place / 'sensitivity.json'
+    names = {row['name'] for row in rows}
     content |= {
+      # Of an earlier run, not asked for or not reached yet.
+      'other_rows': [r for n, r in self._done.items() if n not in names],
       'row_digest': self._row_digest(),
       'weights_digest': self._digest,
       'model': self.experiment.model.title,
@@ -140,12 +186,18 @@ class Table:
         self.sites,
         self.stream,
         self.params,
-        self._stats.get(()),
+        self._plain_stats(),
       ),
       'sensitivity': sensitivity.ranked(table, self._digest),
     }
     files.write_json(self.place / 'results.json', content)
     return content
+
+  def _plain_stats(self) -> dict[str, calibrate.SiteStats] | None:
+    """Returns what static rows saw of the untransformed model, if any did."""
+    if any(row.is_static and not row.transforms for row in self.rows):
+      return self._observe((), self.params)
+    return self._stats.get(())
 
   # One row.
 

@@ -439,7 +439,11 @@ def test_the_table_of_a_run(trained, tmp_path, capsys):
 def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
   config = ptq_config(trained, 'int8_static', 'int8_clip_95', 'w2a2+plain',
                       'mixed_simple', 'mixed_sensitivity')  # fmt: skip
-  config.ptq.qat_runs = (str(trained),)
+  run = read(trained)
+  run['baseline']['method'] = 'aqt'
+  (tmp_path / 'qat').mkdir()
+  (tmp_path / 'qat' / 'results.json').write_text(json.dumps(run))
+  config.ptq.qat_runs = (str(tmp_path / 'qat'),)
   config.ptq.sensitivity_examples = 16
   modes.run('ptq', config, str(tmp_path))
   result = read(tmp_path)
@@ -455,7 +459,7 @@ def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
   for text in ('collapsed', fallen['suspects'][0], 'int8_clip_95'):
     assert text in page
   assert (tmp_path / 'figures' / 'accuracy_vs_size.png').stat().st_size > 5000
-  assert [row['name'] for row in result['qat']] == [trained.name]
+  assert [row['name'] for row in result['qat']] == ['qat']
   # One histogram for each operand of each kind; the ranges of static rows.
   kinds = {entry['kind'] for entry in result['histograms']}
   assert kinds == {'patch_embed', 'query', 'key', 'value', 'qk lhs', 'qk rhs',
@@ -479,6 +483,12 @@ def test_calibration_is_kept_and_taken_over(trained, tmp_path, capsys):
   modes.run('ptq', ptq_config(trained, 'int8_static', 'bf16'), str(first))
   out = capsys.readouterr().out
   assert 'int8_static: done before' in out
+  assert read(first)['histograms']  # though nothing was observed anew
+  modes.run('ptq', ptq_config(trained, 'bf16'), str(first))
+  assert [row['name'] for row in read(first)['other_rows']] == ['int8_static']
+  (first / 'artifacts' / 'int8_static.safetensors').unlink()
+  modes.run('ptq', ptq_config(trained, 'int8_static'), str(first))
+  assert 'done before' not in capsys.readouterr().out.split('int8_static')[-1]
   assert 'calibration: ranges' not in out
   taken = ptq_config(trained, 'int8_static')
   taken.ptq.calibration_path = str(first / 'calibration')
@@ -525,9 +535,10 @@ def test_rows_are_not_asked_for_twice(trained, tmp_path):
 
 def test_a_folder_without_training_is_no_qat_run(trained, tmp_path):
   config = ptq_config(trained, 'w8a8')
-  config.ptq.qat_runs = (str(tmp_path / 'nothing'),)
-  with pytest.raises(ConfigError, match='holds no results.json'):
-    modes.run('ptq', config, str(tmp_path))
+  for place in (tmp_path / 'nothing', trained):  # the second is in float
+    config.ptq.qat_runs = (str(place),)
+    with pytest.raises(ConfigError, match=r'holds no results\.json'):
+      modes.run('ptq', config, str(tmp_path))
 
 
 def test_macs_are_what_xla_counts():

@@ -486,6 +486,10 @@ def test_simple_mixed_rows_leave_the_rest_in_bfloat16(model):
   assert plans['encoder/block_00/attn/qk'].acts is None
   kernel = packed.variables['quant']['patch_embed']['kernel']
   assert kernel.dtype == jnp.bfloat16
+  flat = tree.flatten(packed.variables)
+  in_float32 = {n for n, x in flat.items() if x.dtype == jnp.float32}
+  assert {n.rsplit('/', 1)[-1] for n in in_float32} == {'scale'}
+  assert not any('norm' in n for n in in_float32)
   assert packed.execution == 'simulated'
   assert 'of 18 products: 5 in float' in packed.why
 

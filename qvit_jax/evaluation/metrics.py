@@ -102,7 +102,9 @@ def compare_logits(
   log_p, log_q = (scipy.special.log_softmax(x, axis=1) for x in (base, logits))
   same = logits.argmax(axis=1) == base.argmax(axis=1)
   return {
-    'sqnr_db': -10 * float(np.log10(noise)) if noise else None,
+    'sqnr_db': (
+      -10 * float(np.log10(noise)) if noise and np.isfinite(noise) else None
+    ),
     'agreement': float(same.mean()),
     'kl': float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()),
     'noise': noise,

@@ -147,7 +147,7 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list, list]]:
     tables.append(('SQNR of every site in every row (dB)', heads, lines))
   alone = results.get('sensitivity') or {}
   if alone.get('sites'):
-    heads = ['path', 'kind', 'sqnr_db', 'agreement', 'top1']
+    heads = ['path', 'kind', 'sqnr_db', 'agreement', 'kl', 'noise']
     lines = [[_phrase(s.get(key)) for key in heads] for s in alone['sites']]
     title = f'Each site alone in {_phrase(alone.get("spec"))}'
     tables.append((title, heads, lines))

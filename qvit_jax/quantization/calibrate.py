@@ -10,6 +10,7 @@ value channel, because the product does not sum over these.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,7 +25,7 @@ from qvit_jax.ops import Ops, Site
 SCALES = ('per_tensor', 'per_position')
 _BINS = {'per_tensor': 2048, 'per_position': 512}
 _SAMPLED = 2**15  # values of an operand and batch that are counted, about
-_STRIDES = (1, 3, 7, 13, 29, 59, 127, 251, 509, 1021, 2039, 4093)
+_STRIDES = (1, 3, 5, 7, 11, 13, 17, 29, 59, 127, 251, 509, 1021, 2039, 4093)
 # Share of a batch in the moving average of ranges.
 _MOMENTUM = 0.1
 
@@ -136,8 +137,13 @@ def _add_inputs(module, lhs, hessians: bool) -> None:
     _keep(module, 'hessian', start, lambda old: old + x.T @ x)
 
 
-def _stride(size: int) -> int:
-  return next((k for k in _STRIDES if k * _SAMPLED >= size), _STRIDES[-1])
+def _stride(shape: tuple[int, ...]) -> int:
+  """Returns a prime step that meets every channel, head and position alike."""
+  size = math.prod(shape)
+  fitting = [
+    k for k in _STRIDES if k == 1 or all(axis % k for axis in shape if axis > 1)
+  ]
+  return next((k for k in fitting if k * _SAMPLED >= size), fitting[-1])
 
 
 def _second_tap(scales: str):
@@ -148,9 +154,8 @@ def _second_tap(scales: str):
       low = module.get_variable('calib', f'{side}_low')
       high = module.get_variable('calib', f'{side}_high')
       width = jnp.maximum(high - low, 1e-12) / bins
-      # Every k-th value will do, and counting all of them would take minutes;
-      # a prime k does not always meet the same channel.
-      at = jnp.arange(x.size)[:: _stride(x.size)]
+      # Every k-th value will do; counting all of them would take minutes.
+      at = jnp.arange(x.size)[:: _stride(x.shape)]
       row = jnp.zeros_like(at)
       if scales == 'per_position':
         shape = jnp.arange(low.size).reshape(low.shape)

@@ -12,6 +12,9 @@ from qvit_jax import tree
 from qvit_jax.ops import Core, FloatCore, Ops
 from qvit_jax.quantization.ptq import Packed
 
+# Decibels that stand for NaN and infinity, which JSON does not know.
+_NOTHING_BUT_NOISE = -300.0
+
 
 @dataclasses.dataclass(frozen=True)
 class _Watch:
@@ -38,7 +41,8 @@ def site_sqnr(
   """Returns the signal-to-quantization-noise ratio of each product, in dB.
 
   The noise is what has gathered up to there: each model runs on its own
-  activations. None stands for no noise at all.
+  activations. None stands for no noise at
+  all, -300 for noise that is not finite.
 
   Args:
     build: (Ops, compute dtype) -> model.
@@ -72,7 +76,12 @@ def site_sqnr(
     part = sums([variables for _, variables in models], images)
     for name, values in part.items():
       total[name] = total.get(name, 0) + np.asarray(values, np.float64)
-  return {
-    name: 10 * float(np.log10(signal / noise)) if noise > 0 < signal else None
-    for name, (signal, noise) in total.items()
-  }
+  found = {}
+  for name, (signal, noise) in total.items():
+    if noise == 0:
+      found[name] = None
+    elif not np.isfinite(noise) or signal == 0:
+      found[name] = _NOTHING_BUT_NOISE
+    else:
+      found[name] = 10 * float(np.log10(signal / noise))
+  return found

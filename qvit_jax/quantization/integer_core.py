@@ -221,4 +221,7 @@ class IntegerCore:
       )
       for s, x, axis in ((a_scale, a, left), (b_scale, b, right))
     ]
-    return y * jax.lax.dot_general(*full, dims)
+    outer = jax.lax.dot_general(
+      *full, dims, precision=jax.lax.Precision.HIGHEST
+    )
+    return y * outer

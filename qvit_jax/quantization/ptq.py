@@ -185,6 +185,8 @@ def apply_row(
         rest[f'{site.path}/bias'] = bias + correction.reshape(bias.shape)
     if plan.is_static:
       quant |= _static_scales(row, site, plan, stats, ranges)
+  if row.dtype != 'float32':
+    rest = {n: jnp.asarray(x).astype(row.dtype) for n, x in rest.items()}
   granularity = 'per_tensor' if row.is_static else 'per_token'
   return assemble(rest, quant, plans, sites, row.dtype, granularity)
 

@@ -59,7 +59,9 @@ def _percentile(low, high, counts, kept: float) -> _Range:
   first = (total <= cut - 1e-12).sum(axis=1)
   last = (total < 1 - cut - 1e-12).sum(axis=1) + 1
   width = (high - low) / counts.shape[1]
-  return low + first * width, np.minimum(low + last * width, high)
+  ends = low + first * width, np.minimum(low + last * width, high)
+  seen = total[:, -1] > 0  # else the sample has missed it
+  return np.where(seen, ends[0], low), np.where(seen, ends[1], high)
 
 
 def _least_error(low, high, counts, bits: int) -> _Range:

@@ -14,8 +14,10 @@ nonlinearity puts out nothing can turn beforehand; `turn_blocks` does it while
 the model runs (their section 4, stage 1c).
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float
 
 from qvit_jax.ops import Stream
@@ -61,20 +63,18 @@ def hadamard_block(width: int, most: int = 64) -> int:
 def turn_blocks(x: Float[Array, '... i'], block: int) -> Float[Array, '... i']:
   """Returns x with every block of channels turned by a Hadamard matrix.
 
-  It is symmetric and its own inverse, and costs log2(block) additions a value.
+  It is symmetric and its own inverse. One product with a small matrix, because
+  that is several times faster on a CPU than log2(block) rounds of additions;
+  neither MACs nor BOPs of a plan count it.
 
   Args:
     x: Activations, or a kernel with its input channels last.
     block: A power of two that divides the channels.
   """
-  shape = x.shape
-  size = 1
-  while size < block:
-    pairs = x.reshape(*shape[:-1], -1, 2, size)
-    a, b = pairs[..., 0, :], pairs[..., 1, :]
-    x = jnp.stack([a + b, a - b], axis=-2)
-    size *= 2
-  return (x * block**-0.5).reshape(shape)
+  matrix = scipy.linalg.hadamard(block).astype(np.float32) * block**-0.5
+  blocks = x.reshape(-1, block)
+  turned = jnp.matmul(blocks, matrix, precision=jax.lax.Precision.HIGHEST)
+  return turned.reshape(x.shape)
 
 
 def orthogonal(size: int, rng: np.random.Generator) -> np.ndarray:

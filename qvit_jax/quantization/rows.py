@@ -71,7 +71,7 @@ class Row:
   @property
   def needs_calibration(self) -> bool:
     """Whether packing the row reads statistics."""
-    wanted = {*ROUNDINGS, *SOFTMAX, 'bias_correction'}
+    wanted = {*ROUNDINGS, 'bias_correction'}
     return self.is_static or bool(wanted & set(self.solvers))
 
   @property
