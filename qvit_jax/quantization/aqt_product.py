@@ -48,11 +48,11 @@ def aqt_product(
     y = dot_general(lhs, rhs.astype(dtype), dims)
   y = y.astype(dtype)
   for side, scale in scales.items():
-    y = y * _spread(scale, dims, side, y.ndim)
+    y = y * spread(scale, dims, side, y.ndim)
   return y.astype(jnp.float32)
 
 
-def _spread(scale, dims, side: int, ndim: int):
+def spread(scale, dims, side: int, ndim: int):
   """Returns the scale of one operand with the axes of the product.
 
   Args:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from qvit_jax.ops import Site, dot_general
 from qvit_jax.quantization import numerics
-from qvit_jax.quantization.aqt_product import aqt_product
+from qvit_jax.quantization.aqt_product import aqt_product, spread
 from qvit_jax.quantization.qtensor import QTensor, dequantize
 from qvit_jax.quantization.rotate import turn_blocks
 from qvit_jax.quantization.softmax_codes import log2_levels, twin_levels
@@ -209,19 +209,8 @@ class IntegerCore:
       y = self._dot(a, b, dims, (2**plan.acts - 1) ** 2)
     else:
       y = dot_general(a, b.astype(a.dtype), dims)
-    if a_scale is None:
-      shape = [n if i != left else 1 for i, n in enumerate(a.shape)]
-      a_scale = jnp.ones(shape)
-    if a_scale.ndim == b_scale.ndim == 0:
-      return y * (a_scale * b_scale)
-    # One number for each row of the left and each column of the right.
-    full = [
-      jnp.broadcast_to(
-        s, [n if i != axis else 1 for i, n in enumerate(x.shape)]
-      )
-      for s, x, axis in ((a_scale, a, left), (b_scale, b, right))
-    ]
-    outer = jax.lax.dot_general(
-      *full, dims, precision=jax.lax.Precision.HIGHEST
-    )
-    return y * outer
+    for side, (x, scale) in enumerate(((a, a_scale), (b, b_scale))):
+      if scale is not None:  # calibrated ones have no batch axis
+        full = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+        y = y * spread(full, dims, side, y.ndim)
+    return y
