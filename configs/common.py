@@ -50,7 +50,9 @@ def get_config():
 
   c.quant = ml_collections.ConfigDict(
     dict(
-      # 'none' (float) | 'aqt' (AQT, straight-through) | 'ptq' (with
+      # 'none' (float) | 'aqt' (AQT, straight-through) | 'lsq' (learned steps:
+      # LSQ, LSQ+) | 'statsq' (OFQ's kernels, activations as 'lsq') | 'qvit'
+      # (LSQ+, rectified queries and keys, clipped GELU) | 'ptq' (with
       # --mode=eval: the packed model that checkpoint.path names)
       recipe='none',
       # Bits of every layer: 'wXaY', 'wX' (weights only), 'aY'
@@ -62,7 +64,16 @@ def get_config():
       # over `default`, e.g. (('patch_embed|head', 'w8a8'),). Specs with a
       # weight part leave the attention products alone.
       rules=(),
-      act_granularity='per_token',  # 'per_token' | 'per_tensor'
+      act_granularity='per_token',  # aqt: 'per_token' | 'per_tensor'
+      # What shares a learned step of activations (lsq, statsq, qvit):
+      # 'per_tensor' | 'per_head' (of attention products) | 'per_position'
+      # (each token; each head and channel of attention products).
+      steps='per_tensor',
+      # lsq, statsq: activations learn a zero point (LSQ+); False: their codes
+      # are signed where the first batch has negative values (LSQ).
+      zero_point=True,
+      # qvit: 'paper' (statistics of a head) | 'layernorm' (of each token)
+      irm='paper',
     )
   )
 
@@ -105,6 +116,8 @@ def get_config():
     dict(
       name='adamw',  # 'adamw' | 'sgd' | 'lamb' | 'adafactor'
       lr=1e-3,  # Peak learning rate; > 0.
+      # Of learned steps, on the same schedule; 0 = lr. They do not decay.
+      quant_lr=0.0,
       schedule='cosine',  # 'cosine' | 'linear' | 'constant', after warm-up
       # Linear warm-up, used when warmup_steps is 0. Where `train.steps` cuts a
       # run of `train.epochs` short, the warm-up shrinks with it.
@@ -130,7 +143,8 @@ def get_config():
       label_smoothing=0.0,  # [0, 1)
       ema_decay=0.0,  # Of the weights that are evaluated; 0 = off; [0, 1).
       patience=0,  # Stop after this many evaluations without a new best.
-      trainable=('params',),  # Collections that get gradients.
+      # Collections that get gradients; ('auto',): what the recipe learns.
+      trainable=('auto',),
     )
   )
 

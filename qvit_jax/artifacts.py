@@ -19,9 +19,10 @@ from qvit_jax.ops import FloatCore, Ops, Site
 from qvit_jax.quantization.integer_core import IntegerCore, SitePlan
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.quantization.qtensor import QTensor
+from qvit_jax.quantization.qvit import rectifier
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
-_FORMAT = 2
+_FORMAT = 3
 _KEY = 'qvit_jax'
 
 
@@ -35,7 +36,7 @@ def save(
   """
   quant = packed.variables.get('quant', {})
   kernels = {
-    path: [kernel.bits, kernel.rows, kernel.group]
+    path: [kernel.bits, kernel.rows, kernel.group, kernel.is_odd]
     for path, kernel in _kernels(quant).items()
     if isinstance(kernel, QTensor)
   }
@@ -54,6 +55,7 @@ def save(
       path: dataclasses.asdict(plan) for path, plan in packed.site_plans.items()
     },
     'kernels': kernels,
+    'rectify': getattr(packed.ops.rectify, 'form', ''),
   }
   flat = tree.flatten(packed.variables)
   tensors = {
@@ -110,16 +112,16 @@ def load(
   flat = {
     name: jnp.asarray(entry.read()) for name, entry in source.entries.items()
   }
-  for site, (bits, rows, group) in header['kernels'].items():
+  for site, facts in header['kernels'].items():
     name = f'quant/{site}/kernel'
     data, scale = flat.pop(f'{name}/data'), flat.pop(f'{name}/scale')
-    flat[name] = QTensor(data, scale, bits, rows, group)
+    flat[name] = QTensor(data, scale, *facts)
   plans = {n: SitePlan(**plan) for n, plan in header['sites'].items()}
   core = IntegerCore(tuple(plans.items())) if plans else FloatCore()
   specs = tuple(QuantSpec(*header['specs'][site.path]) for site in sites)
   return Packed(
     tree.nest(flat),
-    Ops(core=core),
+    Ops(core=core, rectify=rectifier(header.get('rectify', ''))),
     header['dtype'],
     QuantPlan(tuple(sites), specs, header['granularity']),
     header['execution'],

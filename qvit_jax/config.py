@@ -74,11 +74,14 @@ LEGAL: dict[str, _Check] = {
   'model.stochastic_depth': _BELOW_ONE,
   'model.dtype': _one_of('bfloat16', 'float32'),
   'model.remat': _BOOL,
-  'quant.recipe': _one_of('none', 'aqt', 'ptq'),
+  'quant.recipe': _one_of('none', 'aqt', 'lsq', 'statsq', 'qvit', 'ptq'),
   'quant.default': _ANY,
   'quant.attention': _ANY,
   'quant.rules': _ANY,
   'quant.act_granularity': _one_of('per_token', 'per_tensor'),
+  'quant.steps': _one_of('per_tensor', 'per_head', 'per_position'),
+  'quant.zero_point': _BOOL,
+  'quant.irm': _one_of('paper', 'layernorm'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
   'data.source': _one_of('digits', 'tfds'),
@@ -98,6 +101,7 @@ LEGAL: dict[str, _Check] = {
   'data.workers': _ZERO_UP,
   'optim.name': _one_of('adamw', 'sgd', 'lamb', 'adafactor'),
   'optim.lr': _number(0, open_low=True),
+  'optim.quant_lr': _ZERO_UP,
   'optim.schedule': _one_of('cosine', 'linear', 'constant'),
   'optim.warmup_epochs': _ZERO_UP,
   'optim.warmup_steps': _ZERO_UP,
@@ -163,10 +167,29 @@ LEGAL: dict[str, _Check] = {
 # what to do). Checked for fields that the command line sets.
 _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        ('quant.default', 'quant.attention', 'quant.rules',
-         'quant.act_granularity'),
+        ('quant.default', 'quant.attention', 'quant.rules'),
         lambda c: c.quant.recipe not in ('none', 'ptq'),
         "quant.recipe is 'none' or 'ptq'; set --config.quant.recipe=aqt",
+    ),
+    (
+        ('quant.act_granularity',),
+        lambda c: c.quant.recipe == 'aqt',
+        'only aqt finds scales anew; set --config.quant.recipe=aqt',
+    ),
+    (
+        ('quant.steps', 'optim.quant_lr'),
+        lambda c: c.quant.recipe in ('lsq', 'statsq', 'qvit'),
+        'no step is learned; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.zero_point',),
+        lambda c: c.quant.recipe in ('lsq', 'statsq'),
+        'qvit always has zero points; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.irm',),
+        lambda c: c.quant.recipe == 'qvit',
+        'only qvit rectifies; set --config.quant.recipe=qvit',
     ),
     (
         ('model.dtype',),

@@ -15,11 +15,14 @@ from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.ops import Ops
-from qvit_jax.quantization import build_ops, build_plan
+from qvit_jax.quantization import RECIPES, build_ops, build_plan
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import make_train_step
+
+# Images that learned steps are fitted to before the first update.
+_FITTED = 32
 
 
 class Model:
@@ -39,7 +42,15 @@ class Model:
     self.config, self.packed = config, packed
     sites = models.list_sites(config)
     self.plan = packed.plan if packed else build_plan(config.quant, sites)
-    self.ops: Ops = packed.ops if packed else build_ops(config.quant, self.plan)
+    self.ops: Ops = (
+      packed.ops
+      if packed
+      else build_ops(
+        config.quant, self.plan, hidden=models.stream(config).hidden
+      )
+    )
+    if config.train.trainable == ('auto',) and not packed:
+      config.train.trainable = RECIPES[config.quant.recipe].collections
     self.module = models.build_model(config, self.ops)
     self._trained = models.build_model(config) if packed else self.module
     size = config.model.image_size
@@ -78,7 +89,7 @@ class Model:
       counts[key] = counts.get(key, 0) + 1
     listed = ', '.join(f'{n} {key}' for key, n in counts.items())
     return (
-      f'{listed} (recipe {quant.recipe}, activations {quant.act_granularity})'
+      f'{listed} (recipe {quant.recipe}, activations {plan.act_granularity})'
     )
 
   def size_bytes(self) -> int:
@@ -201,26 +212,55 @@ class Experiment:
     make = jax.jit(self._make_state, out_shardings=self.state_shardings)
     return make(variables)
 
-  def _fresh(self, key: jax.Array, imported: dict[str, Any]) -> dict[str, Any]:
-    size = self.config.model.image_size
-    images = jnp.zeros((1, size, size, 3), jnp.float32)
-    variables = self.model.init(key, images)
-    return tree.unflatten({**tree.flatten(variables), **imported}, variables)
+  def _fresh(
+    self, key: jax.Array, imported: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    variables = self.model.init(key, images[:1])
+    variables = tree.unflatten(
+      {**tree.flatten(variables), **imported}, variables
+    )
+    learned = [name for name in variables if name != 'params']
+    if not learned:
+      return variables
+    # Steps follow from what the layers see with the weights that count.
+    _, fitted = self.model.module.apply(variables, images, mutable=learned)
+    return {**variables, **fitted}
+
+  def _first_images(self) -> jax.Array:
+    """Returns what learned steps are fitted to, as evaluation sees it.
+
+    The first images of the seeded training order; zeros where nothing is
+    learned of them.
+    """
+    size, data = self.config.model.image_size, self.config.data
+    if set(self.model.shapes) == {'params'} or not hasattr(self, 'tx'):
+      return jnp.zeros((1, size, size, 3), jnp.float32)
+    split = self.data.train
+    batch = min(_FITTED, split.size)
+    host = next(
+      split.train_batches(
+        seed=self.config.seed, batch=batch, rows=slice(0, batch),
+        first=1, last=1,
+      )
+    )  # fmt: skip
+    images, _ = preprocess.gather(split.source, host)
+    return preprocess.prepare_eval(images, data=data, size=size)
 
   def fresh_variables(
     self, key: jax.Array, imported: dict[str, Any]
   ) -> dict[str, Any]:
     """Returns random variables, some replaced by path."""
     shardings, _ = self._shardings(self.model.shapes)
-    return jax.jit(self._fresh, out_shardings=shardings)(key, imported)
+    make = jax.jit(self._fresh, out_shardings=shardings)
+    return make(key, imported, self._first_images())
 
   def fresh_state(
     self, key: jax.Array, imported: dict[str, Any] | None = None
   ) -> TrainState:
     """Returns a state with random weights, some replaced by path."""
-    make = lambda key, imported: self._make_state(self._fresh(key, imported))
+    make = lambda *given: self._make_state(self._fresh(*given))
     return jax.jit(make, out_shardings=self.state_shardings)(
-      key, imported or {}
+      key, imported or {}, self._first_images()
     )
 
   def missing_parameters(self, imported: dict[str, Any]) -> set[str]:

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qvit_jax import artifacts, files, models, restore, tree, weights
+from qvit_jax import artifacts, files, models, restore, tree
 from qvit_jax.errors import ExportError
 from qvit_jax.experiment import Model
 from qvit_jax.quantization.pack_qat import pack
@@ -28,22 +27,22 @@ def export(
     CheckpointError: There is no checkpoint, or one of other bits.
   """
   config = model.config
-  if config.quant.recipe != 'aqt':
+  if config.quant.recipe == 'none':
     raise ExportError(
-      "export.format='packed' packs what quant.recipe='aqt' trained, but "
+      "export.format='packed' packs what a quant.recipe trained, but "
       f'quant.recipe is {config.quant.recipe!r}; set it to that of the run, or '
       'pack a float run with --mode=ptq'
     )
-  step = restore.find_run(model, config.checkpoint.path or str(place))
-  say(f'start     {step}')
-  params, _ = weights.read_weights(str(step), model.shapes['params'])
-  packed = pack(params, model.plan, config.model.dtype)
+  path = config.checkpoint.path or str(place)
+  variables, origin = restore.read_run(model, path)
+  say(f'start     {origin}')
+  packed = pack(variables, model.plan, model.ops, config.model.dtype)
   target, facts = place / 'export' / NAME, models.architecture(config)
   size = artifacts.save(packed, target, facts)
   for name in ('model.safetensors', 'model.npz', 'config.json'):
     target.with_name(name).unlink(missing_ok=True)  # of another export
   again = artifacts.load(target, model.plan.sites, facts)
-  found = _compare(model, params, again)
+  found = _compare(model, variables, again)
   full = tree.num_bytes(model.shapes['params'])
   files.write_json(
     target.with_name('parity.json'),
@@ -59,13 +58,13 @@ def export(
 
 
 def _compare(
-  model: Model, params: dict[str, np.ndarray], packed: Packed
+  model: Model, variables: dict[str, Any], packed: Packed
 ) -> dict[str, Any]:
   """Returns how far the packed model is from the trained one."""
   size = model.config.model.image_size
   images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
-  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
-  there = np.asarray(jax.jit(model.module.apply)(variables, images))
+  nested = tree.nest(variables)
+  there = np.asarray(jax.jit(model.module.apply)(nested, images))
   module = models.build_model(model.config, packed.ops)
   here = np.asarray(jax.jit(module.apply)(packed.variables, images))
   return {

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from qvit_jax import artifacts, files, models, weights
+from qvit_jax import artifacts, files, models, tree, weights
 from qvit_jax import config as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment, Model
@@ -15,7 +15,10 @@ from qvit_jax.training.loop import Progress
 from qvit_jax.training.state import TrainState
 
 # A resumed run must not change these; other fields may, and are printed.
-_FIXED = ('seed', 'optim.name', 'data.source', 'data.name', 'train.trainable')
+_FIXED = (
+  'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
+  'quant.recipe', 'quant.zero_point', 'quant.irm',
+)  # fmt: skip
 
 
 def initial_state(
@@ -41,11 +44,7 @@ def initial_state(
       'one of them; leave the other out'
     )
   if config.checkpoint.path:
-    variables, origin = restore_variables(
-      experiment, config.checkpoint.path, same_plan=False
-    )
-    state = experiment.state_of(variables)
-    return state, Progress(), [f'starting from {origin}']
+    return _start_from(experiment, config.checkpoint.path)
   imported, lines = {}, ['starting from scratch (weights.path is not set)']
   if config.weights.path:
     try:
@@ -59,6 +58,51 @@ def initial_state(
       ]
   state = experiment.fresh_state(jax.random.key(config.seed), imported)
   return state, Progress(), lines
+
+
+def _start_from(
+  experiment: Experiment, path: str
+) -> tuple[TrainState, Progress, list[str]]:
+  """Returns the state of a run that goes on from another one's variables."""
+  stored, step = _find(path)
+  metadata = stored.metadata(step)
+  if _learned(metadata['arrays']) == _learned(
+    {'variables': tree.flatten(experiment.model.shapes)}
+  ) and _is_same_recipe(experiment.model, metadata):
+    variables, origin = restore_variables(experiment, path, same_plan=False)
+    return (
+      experiment.state_of(variables),
+      Progress(),
+      [f'starting from {origin}'],
+    )
+  # Steps of other bits or none at all: they are fitted to these parameters.
+  place = stored.directory / str(step)
+  _check_same(experiment.model, metadata, place, same_plan=False)
+  item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+  shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
+  restored = stored.restore(step, {item: shapes})[item]
+  params = tree.flatten({'params': restored['params']})
+  key = jax.random.key(experiment.config.seed)
+  lines = [
+    f'starting from the parameters of step {step} of {stored.directory.parent}'
+  ]
+  return experiment.fresh_state(key, params), Progress(), lines
+
+
+def _learned(arrays: dict[str, Any]) -> set[str]:
+  """Returns the paths of variables that are no parameters."""
+  return {p for p in arrays['variables'] if not p.startswith('params/')}
+
+
+def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
+  if model.shapes.keys() == {'params'}:
+    return True  # nothing depends on bits
+  there = metadata['config']['quant']
+  return (
+    metadata['plan'] == model.plan.digest_lines()
+    and there['recipe'] == model.config.quant.recipe
+    and there['irm'] == model.config.quant.irm
+  )
 
 
 def restore_variables(
@@ -107,7 +151,7 @@ def _resume(
   here = config_lib.flatten(config_lib.to_json(experiment.config))
   changed = [name for name in here if there.get(name) != here[name]]
   for name in _FIXED:
-    if name in changed:
+    if name in changed and name in there:  # not a field newer than the run
       raise CheckpointError(
         f'{place} was trained with {name}={there.get(name)!r}, not '
         f'{here[name]!r}; set it back or choose another workdir'
@@ -135,16 +179,24 @@ def _resume(
   return state, Progress(**metadata['progress']), lines
 
 
-def find_run(model: Model, path: str) -> pathlib.Path:
-  """Returns the folder of the checkpoint that a path means.
+def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:
+  """Returns {path: array} of the variables to evaluate, and their origin.
+
+  On one device, without opening data.
 
   Raises:
     CheckpointError: There is none, or it is of another model or other bits.
   """
   stored, step = _find(path)
-  place = stored.directory / str(step)
-  _check_same(model, stored.metadata(step), place, same_plan=True)
-  return place
+  metadata, place = stored.metadata(step), stored.directory / str(step)
+  _check_same(model, metadata, place, same_plan=True)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  found: dict[str, Any] = {}
+  for item in ('variables', 'ema'):  # averaged ones come last and count
+    if item in metadata['arrays']:
+      shapes = stored.saved_shapes(step, item, device)
+      found |= tree.flatten(stored.restore(step, {item: shapes})[item])
+  return found, str(place)
 
 
 def _check_same(
@@ -167,6 +219,9 @@ def _check_same(
     plan = model.plan.digest_lines()
     pairs = zip(metadata['plan'], plan, strict=True)
     lines = [f'"{a}" there, "{b}" here' for a, b in pairs if a != b]
+    recipes = metadata['config']['quant']['recipe'], model.config.quant.recipe
+    if recipes[0] != recipes[1]:
+      lines.insert(0, 'quant.recipe is {!r} there, {!r} here'.format(*recipes))
   if lines:
     rest = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
     raise CheckpointError(

@@ -181,3 +181,38 @@ def sgd(p, grads, rates, *, momentum, decay):
     m = momentum * m + g + decay * p
     p = p - rate * m
   return p
+
+
+# Learned steps, float64. Esser et al. 2020 (LSQ), section 2; the zero point as
+# in LSQ+ (Bhalgat et al. 2020, section 3) with the offset -s * round(z).
+
+
+def lsq(x, step, zero, first, last):
+  """Returns (x^, dx^/dx, dx^/dstep, dx^/dzero), element by element."""
+  x, step = np.asarray(x, np.float64), np.asarray(step, np.float64)
+  zero = np.round(np.asarray(zero, np.float64))
+  v = x / step + zero
+  near = np.round(np.clip(v, first, last))
+  inside = (first <= v) & (v <= last)
+  of_step = np.where(inside, near - zero - x / step, near - zero)
+  of_zero = np.where(inside, 0.0, -step)
+  return step * (near - zero), inside.astype(float), of_step, of_zero
+
+
+def statsq(w, bits):
+  """Returns (w^, dw^/dw) of OFQ's kernels (Liu et al. 2023, section 4.1)."""
+  w = np.asarray(w, np.float64)
+  s, n = 2 * np.abs(w).mean(axis=0, keepdims=True), 2 ** (bits - 1)
+  c = np.clip(w / s, -1, 1 - 1e-6)
+  return s * (np.round(c * n - 0.5) + 0.5) / n, (np.abs(w / s) <= 1) * 1.0
+
+
+def rectify(x, gamma, beta):
+  """Returns Q-ViT's rectified queries [b, n, k, dim]; gamma, beta [k, 1]."""
+  out = np.empty_like(x)
+  for b in range(x.shape[0]):
+    for k in range(x.shape[2]):
+      head = x[b, :, k]
+      size = np.sqrt(head.var() + 1e-5)
+      out[b, :, k] = (head - head.mean() + beta[k]) / (gamma[k] * size)
+  return out

@@ -48,22 +48,5 @@ def aqt_product(
     y = dot_general(lhs, rhs.astype(dtype), dims)
   y = y.astype(dtype)
   for side, scale in scales.items():
-    y = y * spread(scale, dims, side, y.ndim)
+    y = y * numerics.spread(scale, dims, side, y.ndim)
   return y.astype(jnp.float32)
-
-
-def spread(scale, dims, side: int, ndim: int):
-  """Returns the scale of one operand with the axes of the product.
-
-  Args:
-    scale: With the operand's axes; the contracted one has length 1.
-    dims: Dimension numbers.
-    side: 0 for the left operand, 1 for the right one.
-    ndim: Of the product: batch axes, the left's own, the right's own.
-  """
-  (axis,), batch = dims[0][side], dims[1][side]
-  own = [i for i in range(scale.ndim) if i != axis and i not in batch]
-  scale = scale.transpose(*batch, *own, axis)[..., 0]
-  cut = len(batch) if side else scale.ndim
-  others = (1,) * (ndim - scale.ndim)
-  return scale.reshape(*scale.shape[:cut], *others, *scale.shape[cut:])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from qvit_jax.ops import Site, dot_general
 from qvit_jax.quantization import numerics
-from qvit_jax.quantization.aqt_product import aqt_product, spread
+from qvit_jax.quantization.aqt_product import aqt_product
 from qvit_jax.quantization.qtensor import QTensor, dequantize
 from qvit_jax.quantization.rotate import turn_blocks
 from qvit_jax.quantization.softmax_codes import log2_levels, twin_levels
@@ -42,6 +42,7 @@ class SitePlan:
       rounded (see `rotate.turn_blocks`); 0: none.
     softmax: Codes of attention weights: 'uniform', 'log2' or 'twin'.
     reach: Largest sum of |codes| of an output channel's kernel; 0: unknown.
+    clip: Most that an input may be, in magnitude; 0: no bound.
     aqt: 'per_token' or 'per_tensor' where activations have AQT's symmetric
       codes (see `aqt_product`), with one scale for each row or for all; '':
       dynamic or static codes from the smallest to the largest value.
@@ -53,6 +54,7 @@ class SitePlan:
   block: int = 0
   softmax: str = 'uniform'
   reach: int = 0
+  clip: float = 0.0
   aqt: str = ''
 
   @property
@@ -164,6 +166,8 @@ class IntegerCore:
     axis = x.ndim - 1
     dims = (((axis,), (0,)), ((), ()))
     scale = None
+    if plan.clip:
+      x = jnp.clip(x, -plan.clip, plan.clip)
     if plan.block:
       x = turn_blocks(x.astype(jnp.float32), plan.block)
     if plan.acts is not None:
@@ -175,7 +179,7 @@ class IntegerCore:
       if scale is not None:
         x = x.astype(jnp.float32) * scale
       return dot_general(x, w.astype(x.dtype), dims)
-    most = (2**plan.acts - 1) * 2 ** (plan.weights - 1)
+    most = (2**plan.acts - 1) * kernel.largest_code
     w = kernel.codes.astype(x.dtype)
     size = kernel.group
     total = sum(
@@ -209,8 +213,8 @@ class IntegerCore:
       y = self._dot(a, b, dims, (2**plan.acts - 1) ** 2)
     else:
       y = dot_general(a, b.astype(a.dtype), dims)
-    for side, (x, scale) in enumerate(((a, a_scale), (b, b_scale))):
+    for side, x, scale in ((1, b, b_scale), (0, a, a_scale)):
       if scale is not None:  # calibrated ones have no batch axis
         full = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-        y = y * spread(full, dims, side, y.ndim)
+        y = y * numerics.spread(full, dims, side, y.ndim)
     return y

@@ -1,35 +1,78 @@
-"""Packs what AQT trained: parameters and a plan become integers. Row 4."""
+"""Packs what training with rounded products learned. Row 4.
+
+The packed model computes, code for code, what training evaluated: nothing is
+calibrated anew.
+"""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qvit_jax.quantization import numerics, qtensor
+from qvit_jax.errors import QuantError
+from qvit_jax.ops import Ops
+from qvit_jax.quantization import lsq, numerics, qtensor
+from qvit_jax.quantization.aqt_core import AqtCore
 from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.learned_core import GELU_CLIP, LearnedCore
 from qvit_jax.quantization.ptq import Packed, assemble
 from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan
 
 
-def pack(params: dict[str, Any], plan: QuantPlan, dtype: str) -> Packed:
-  """Returns the integer model of what training with `aqt_core` evaluates.
+def pack(
+  variables: Mapping[str, Any], plan: QuantPlan, ops: Ops, dtype: str
+) -> Packed:
+  """Returns the integer model of what training evaluates.
 
   Args:
-    params: Path to float32 array.
+    variables: 'params/...' and 'quant/...' to array.
     plan: Bits of every site.
+    ops: Arithmetic of the training.
     dtype: Compute dtype of the training.
+
+  Raises:
+    QuantError: The arithmetic has no codes.
   """
-  rest, quant = pack_kernels(params, plan, dtype)
+  params = _collection(variables, 'params')
+  if isinstance(ops.core, AqtCore):
+    rest, quant = pack_kernels(params, plan, dtype)
+    plans = _aqt_plans(plan)
+  elif isinstance(ops.core, LearnedCore):
+    rest, quant, plans = _learned(
+      params, _collection(variables, 'quant'), ops.core, dtype
+    )
+  else:
+    raise QuantError(
+      'the model has no codes to pack; train it with a quant.recipe, or pack a '
+      'float model with --mode=ptq'
+    )
+  return assemble(
+    rest, quant, plans, plan.sites, dtype, plan.act_granularity,
+    rectify=ops.rectify,
+  )  # fmt: skip
+
+
+def _collection(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
+  start = f'{name}/'
+  return {
+    path.removeprefix(start): jnp.asarray(x)
+    for path, x in variables.items()
+    if path.startswith(start)
+  }
+
+
+def _aqt_plans(plan: QuantPlan) -> dict[str, SitePlan]:
   plans = {}
   for site, spec in zip(plan.sites, plan.specs, strict=True):
     weights = spec.weights if site.is_layer else None
     rounded = spec.acts or weights
     aqt = plan.act_granularity if rounded else ''
     plans[site.path] = SitePlan(weights, spec.acts, aqt=aqt)
-  return assemble(rest, quant, plans, plan.sites, dtype, plan.act_granularity)
+  return plans
 
 
 def pack_kernels(
@@ -57,3 +100,42 @@ def _convert(
     return w
   codes, scale = numerics.aqt_codes(w, bits, (0,))
   return qtensor.from_codes(codes, scale, bits)
+
+
+def _learned(params, learned, core: LearnedCore, dtype: str):
+  """Returns (other parameters, collection `quant`, plans) of learned steps."""
+  rest, quant, plans = dict(params), {}, {}
+  plan = core.plan
+  for site, spec in zip(plan.sites, plan.specs, strict=True):
+    weights = spec.weights if site.is_layer else None
+    clip = GELU_CLIP if site.path in core.clipped else 0.0
+    plans[site.path] = SitePlan(
+      weights, spec.acts, is_static=spec.acts is not None, clip=clip
+    )
+    if site.is_layer:
+      name = f'{site.path}/kernel'
+      w = rest.pop(name).reshape(site.rhs_shape)
+      quant[name] = w.astype(dtype)
+      if weights:
+        coder = lsq.Coder(weights, core.kernels, is_signed=True)
+        step = learned.get(f'{site.path}/kernel_step')
+        zero = jnp.zeros(())
+        codes, worth = lsq.encode(w, step, zero, coder)
+        quant[name] = qtensor.from_codes(
+          codes,
+          worth.reshape(1, -1),
+          weights,
+          is_odd=core.kernels == 'statsq',
+        )
+    if spec.acts:
+      for side in ('lhs',) if site.is_layer else ('lhs', 'rhs'):
+        start = f'{site.path}/{side}'
+        step = learned[f'{start}_step']
+        quant[f'{start}_scale'] = jnp.maximum(step, lsq.LEAST)
+        quant[f'{start}_zero'] = jnp.round(learned[f'{start}_zero'])
+  quant |= {
+    path: x
+    for path, x in learned.items()
+    if path.endswith(('_gamma', '_beta'))  # of rectified queries and keys
+  }
+  return rest, quant, plans

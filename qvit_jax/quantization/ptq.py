@@ -28,6 +28,7 @@ from qvit_jax.quantization.integer_core import (
   IntegerCore,
   SitePlan,
 )
+from qvit_jax.quantization.qvit import Rectifier
 from qvit_jax.quantization.ranges import choose_range
 from qvit_jax.quantization.rows import STEM_ACTS, Row
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
@@ -198,6 +199,8 @@ def assemble(
   sites: Sequence[Site],
   dtype: str,
   granularity: str,
+  *,
+  rectify: Rectifier | None = None,
 ) -> Packed:
   """Returns the model of arrays by path.
 
@@ -208,6 +211,7 @@ def assemble(
     sites: All products of the model.
     dtype: Compute dtype, and that of kernels that are left in float.
     granularity: Of the scales of activations, for the printed plan.
+    rectify: Of queries and keys, where training had one.
   """
   plans = dict(plans)
   for path, plan in plans.items():
@@ -230,7 +234,9 @@ def assemble(
   plan = QuantPlan(tuple(sites), specs, granularity)
   core = IntegerCore(tuple(plans.items()))
   execution, why = _execution(plans, sites)
-  return Packed(variables, Ops(core=core), dtype, plan, execution, why)
+  return Packed(
+    variables, Ops(core=core, rectify=rectify), dtype, plan, execution, why
+  )
 
 
 def _float_row(row: Row, params, sites) -> Packed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from qvit_jax.errors import QuantError
 from qvit_jax.quantization import numerics
@@ -47,6 +47,7 @@ class QTensor:
     rows: i.
     group: Successive input channels that share a scale; the last group may be
       shorter.
+    is_odd: Whether k stands for the code 2 * k + 1 (StatsQ has no zero).
   """
 
   # Arrays, or what stands for them while JAX rebuilds the tree.
@@ -55,6 +56,7 @@ class QTensor:
   bits: int = flax.struct.field(pytree_node=False)
   rows: int = flax.struct.field(pytree_node=False)
   group: int = flax.struct.field(pytree_node=False)
+  is_odd: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -62,11 +64,17 @@ class QTensor:
     return self.rows, self.data.shape[1]
 
   @property
-  def codes(self) -> Int8[Array, 'i o']:
-    """Returns the integers, unpacked."""
-    if self.bits > _HALF_BYTE:
-      return self.data
-    return unpack_nibbles(self.data, self.rows)
+  def codes(self) -> Int[Array, 'i o']:
+    """Returns the integers, unpacked: int8, or int16 of odd codes."""
+    stored = self.data
+    if self.bits <= _HALF_BYTE:
+      stored = unpack_nibbles(self.data, self.rows)
+    return 2 * stored.astype(jnp.int16) + 1 if self.is_odd else stored
+
+  @property
+  def largest_code(self) -> int:
+    """Returns a bound on the magnitude of the integers."""
+    return 2 ** (self.bits if self.is_odd else self.bits - 1)
 
   def num_bytes(self) -> int:
     """Returns what codes and scales take."""
@@ -79,14 +87,16 @@ def from_codes(
   bits: int,
   *,
   group: int = 0,
+  is_odd: bool = False,
 ) -> QTensor:
   """Returns the QTensor of whole-numbered codes.
 
   Args:
-    codes: Within the symmetric range of the bits.
+    codes: From -2**(bits-1) to 2**(bits-1) - 1; odd ones up to 2**bits - 1.
     scale: One row for each group.
     bits: 2 to 8.
     group: Input channels that share a scale; 0: all of them.
+    is_odd: Whether all codes are odd, so that a bit less says them.
 
   Raises:
     QuantError: Bits outside 2 to 8, or scales that do not fit the groups.
@@ -101,10 +111,10 @@ def from_codes(
       f'scales of shape {list(scale.shape)} do not fit {rows} x {width} codes '
       f'in groups of {group}; give {list(wanted)}'
     )
-  data = codes.astype(jnp.int8)
+  data = ((codes - 1) / 2 if is_odd else codes).astype(jnp.int8)
   if bits <= _HALF_BYTE:
     data = pack_nibbles(data)
-  return QTensor(data, scale.astype(jnp.float32), bits, rows, group)
+  return QTensor(data, scale.astype(jnp.float32), bits, rows, group, is_odd)
 
 
 def quantize(

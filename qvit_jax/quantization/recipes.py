@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from qvit_jax.ops import Core, FloatCore, Ops, Site
+from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import spec
 from qvit_jax.quantization.aqt_core import AqtCore
+from qvit_jax.quantization.learned_core import LearnedCore
+from qvit_jax.quantization.qvit import Rectifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,17 +16,42 @@ class Recipe:
   """A method. A new one is a core of its own file and a line in RECIPES.
 
   Attributes:
+    make_ops: (config.quant, plan, layers behind a nonlinearity) -> arithmetic.
     quantizes: False when the fields of `config.quant` have no effect.
-    make_core: Builds the core slot from the plan.
+    collections: What is trained unless `train.trainable` says otherwise.
+    granularity: The field of `config.quant` that says what shares a scale.
   """
 
-  quantizes: bool
-  make_core: Callable[[spec.QuantPlan], Core]
+  make_ops: Callable[[Any, spec.QuantPlan, tuple[str, ...]], Ops]
+  quantizes: bool = True
+  collections: tuple[str, ...] = ('params',)
+  granularity: str = 'act_granularity'
 
 
+def _lsq(quant, plan, hidden) -> Ops:
+  del hidden
+  return Ops(core=LearnedCore(plan, has_zero=quant.zero_point))
+
+
+def _statsq(quant, plan, hidden) -> Ops:
+  del hidden
+  core = LearnedCore(plan, kernels='statsq', has_zero=quant.zero_point)
+  return Ops(core=core)
+
+
+def _qvit(quant, plan, hidden) -> Ops:
+  return Ops(
+    core=LearnedCore(plan, clipped=hidden), rectify=Rectifier(quant.irm)
+  )
+
+
+_LEARNED = {'collections': ('params', 'quant'), 'granularity': 'steps'}
 RECIPES = {
-  'none': Recipe(quantizes=False, make_core=lambda plan: FloatCore()),
-  'aqt': Recipe(quantizes=True, make_core=AqtCore),
+  'none': Recipe(lambda quant, plan, hidden: Ops(), quantizes=False),
+  'aqt': Recipe(lambda quant, plan, hidden: Ops(core=AqtCore(plan))),
+  'lsq': Recipe(_lsq, **_LEARNED),
+  'statsq': Recipe(_statsq, **_LEARNED),
+  'qvit': Recipe(_qvit, **_LEARNED),
 }
 
 
@@ -33,17 +61,26 @@ def build_plan(quant, sites: Sequence[Site]) -> spec.QuantPlan:
   Raises:
     QuantError, RuleError: See `spec.resolve`.
   """
-  if not RECIPES[quant.recipe].quantizes:
+  recipe = RECIPES[quant.recipe]
+  if not recipe.quantizes:
     return spec.float_plan(sites)
   return spec.resolve(
     sites,
     default=quant.default,
     attention=quant.attention,
     rules=quant.rules,
-    act_granularity=quant.act_granularity,
+    act_granularity=quant[recipe.granularity],
   )
 
 
-def build_ops(quant, plan: spec.QuantPlan) -> Ops:
-  """Returns the arithmetic of `config.quant`."""
-  return Ops(core=RECIPES[quant.recipe].make_core(plan))
+def build_ops(
+  quant, plan: spec.QuantPlan, *, hidden: Sequence[str] = ()
+) -> Ops:
+  """Returns the arithmetic of `config.quant`.
+
+  Args:
+    quant: The section.
+    plan: Bits of every site.
+    hidden: Layers behind a nonlinearity (`ops.Stream.hidden`).
+  """
+  return RECIPES[quant.recipe].make_ops(quant, plan, tuple(hidden))

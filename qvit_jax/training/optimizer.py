@@ -81,7 +81,9 @@ def make_optimizer(
         [(pattern, True) for pattern in optim.decay_rules], flat,
         field='optim.decay_rules',
     )  # fmt: skip
-    mask = tree.unflatten({p: p in decays for p in flat}, trainable)
+    mask = tree.unflatten(
+      {p: p in decays and not p.startswith('quant/') for p in flat}, trainable
+    )
   moments = dict(b1=optim.b1, b2=optim.b2, weight_decay=decay, mask=mask)
   if optim.name == 'adamw':
     update = optax.adamw(schedule, **moments)
@@ -100,6 +102,15 @@ def make_optimizer(
     if optim.name == 'sgd':
       parts.reverse()  # classic L2: the decay enters the momentum
     update = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+  if optim.quant_lr and 'quant' in trainable:
+    rate = optim.quant_lr / optim.lr  # on the same schedule
+    update = optax.chain(
+      update,
+      optax.masked(
+        optax.scale(rate),
+        {name: name == 'quant' for name in trainable},
+      ),
+    )
   if not optim.clip_norm:
     return update
   return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
