@@ -131,6 +131,11 @@ def get_config():
       ema_decay=0.0,  # Of the weights that are evaluated; 0 = off; [0, 1).
       patience=0,  # Stop after this many evaluations without a new best.
       trainable=('params',),  # Collections that get gradients.
+      # Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1:
+      # 'all' (bits as planned, all is trained) | 'acts' (kernels in float) |
+      # 'weights' (activations in float) | 'norms' (only norms, biases,
+      # LayerScale and collections besides params are trained). () = 'all'.
+      stages=(),
     )
   )
 

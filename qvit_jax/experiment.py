@@ -18,6 +18,7 @@ from qvit_jax.ops import Ops
 from qvit_jax.quantization import build_ops, build_plan
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
+from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import make_train_step
 
@@ -49,6 +50,14 @@ class Model:
   def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Returns fresh variables, by collection."""
     return dict(self._trained.init(key, images))
+
+  def rounding(self, operand: str) -> Any:
+    """Returns the module that quantizes 'weights' or 'acts' alone."""
+    if not operand:
+      return self.module
+    quant = self.config.quant
+    ops = build_ops(quant, self.plan.only(operand))
+    return models.build_model(self.config, ops)
 
   @property
   def title(self) -> str:
@@ -148,8 +157,8 @@ class Experiment:
     self.schedule = optimizer.make_schedule(
       config, self.total_steps, self.warmup
     )
-    trained, _ = split_collections(self.model.shapes, train.trainable)
-    self.tx = optimizer.make_optimizer(config, self.schedule, trained)
+    self._trained, _ = split_collections(self.model.shapes, train.trainable)
+    self.tx = optimizer.make_optimizer(config, self.schedule, self._trained)
     self._make_state = functools.partial(
       make_state,
       tx=self.tx,
@@ -184,6 +193,13 @@ class Experiment:
       f'({epochs:.2f} epochs), {optim.name}, lr '
       f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
     )
+
+  @functools.cached_property
+  def stages(self) -> tuple[stages_lib.Stage, ...]:
+    """The stages of the training; a bad list raises ConfigError."""
+    stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
+    stages_lib.check(stages, self._trained, self.model.plan.specs)
+    return stages
 
   # Arrays and their places.
 
@@ -239,12 +255,14 @@ class Experiment:
 
   # Compiled functions.
 
-  def train_step_function(self) -> Callable:
-    """Returns step(state, source, batch), not yet jitted."""
+  def train_step_function(self, stage: str = 'all') -> Callable:
+    """Returns step(state, source, batch) of a stage, not yet jitted."""
     data, model = self.config.data, self.config.model
+    module = self.model.rounding(stages_lib.KINDS[stage].operand)
+    frozen = stages_lib.frozen(stage, self._trained)
     return make_train_step(
-      apply=self.model.module.apply,
-      tx=self.tx,
+      apply=stages_lib.stop_gradients(module.apply, frozen),
+      tx=stages_lib.hold(self.tx, frozen),
       gather=preprocess.gather,
       prepare=functools.partial(
         preprocess.prepare_train,
@@ -257,10 +275,12 @@ class Experiment:
       seed=self.config.seed,
     )
 
-  def compile_train_step(self, state, source, batch) -> tuple[Callable, float]:
+  def compile_train_step(
+    self, state, source, batch, *, stage: str = 'all'
+  ) -> tuple[Callable, float]:
     """Returns the compiled step and the seconds that took."""
     step = jax.jit(
-      self.train_step_function(),
+      self.train_step_function(stage),
       donate_argnums=0,
       out_shardings=(self.state_shardings, self.whole_sharding),
     )
