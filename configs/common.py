@@ -145,6 +145,11 @@ def get_config():
       patience=0,  # Stop after this many evaluations without a new best.
       # Collections that get gradients; ('auto',): what the recipe learns.
       trainable=('auto',),
+      # Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1:
+      # 'all' (bits as planned, all is trained) | 'acts' (kernels in float) |
+      # 'weights' (activations in float) | 'norms' (only norms, biases,
+      # LayerScale and collections besides params are trained). () = 'all'.
+      stages=(),
     )
   )
 

@@ -121,6 +121,10 @@ LEGAL: dict[str, _Check] = {
   'train.ema_decay': _BELOW_ONE,
   'train.patience': _ZERO_UP,
   'train.trainable': _strings(),
+  'train.stages': (
+    lambda v: isinstance(v, (tuple, list)),
+    "a tuple of stages such as ('acts:0.3', 'all:0.7')",
+  ),
   'eval.batch_size': _ONE_UP,
   'eval.num_examples': _ZERO_UP,
   'eval.every': _ZERO_UP,

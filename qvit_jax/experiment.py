@@ -15,9 +15,10 @@ from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.ops import Ops
-from qvit_jax.quantization import RECIPES, build_ops, build_plan
+from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
+from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import make_train_step
 
@@ -42,13 +43,7 @@ class Model:
     self.config, self.packed = config, packed
     sites = models.list_sites(config)
     self.plan = packed.plan if packed else build_plan(config.quant, sites)
-    self.ops: Ops = (
-      packed.ops
-      if packed
-      else build_ops(
-        config.quant, self.plan, hidden=models.stream(config).hidden
-      )
-    )
+    self.ops: Ops = packed.ops if packed else self._make_ops(self.plan)
     if config.train.trainable == ('auto',) and not packed:
       config.train.trainable = RECIPES[config.quant.recipe].collections
     self.module = models.build_model(config, self.ops)
@@ -60,6 +55,17 @@ class Model:
   def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Returns fresh variables, by collection."""
     return dict(self._trained.init(key, images))
+
+  def _make_ops(self, plan: QuantPlan) -> Ops:
+    hidden = models.stream(self.config).hidden
+    return build_ops(self.config.quant, plan, hidden=hidden)
+
+  def rounding(self, operand: str) -> Any:
+    """Returns the module that quantizes 'weights' or 'acts' alone."""
+    if not operand:
+      return self.module
+    ops = self._make_ops(self.plan.only(operand))
+    return models.build_model(self.config, ops)
 
   @property
   def title(self) -> str:
@@ -159,8 +165,8 @@ class Experiment:
     self.schedule = optimizer.make_schedule(
       config, self.total_steps, self.warmup
     )
-    trained, _ = split_collections(self.model.shapes, train.trainable)
-    self.tx = optimizer.make_optimizer(config, self.schedule, trained)
+    self._trained, _ = split_collections(self.model.shapes, train.trainable)
+    self.tx = optimizer.make_optimizer(config, self.schedule, self._trained)
     self._make_state = functools.partial(
       make_state,
       tx=self.tx,
@@ -195,6 +201,13 @@ class Experiment:
       f'({epochs:.2f} epochs), {optim.name}, lr '
       f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
     )
+
+  @functools.cached_property
+  def stages(self) -> tuple[stages_lib.Stage, ...]:
+    """The stages of the training; a bad list raises ConfigError."""
+    stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
+    stages_lib.check(stages, self._trained, self.model.plan.specs)
+    return stages
 
   # Arrays and their places.
 
@@ -279,12 +292,14 @@ class Experiment:
 
   # Compiled functions.
 
-  def train_step_function(self) -> Callable:
-    """Returns step(state, source, batch), not yet jitted."""
+  def train_step_function(self, stage: str = 'all') -> Callable:
+    """Returns step(state, source, batch) of a stage, not yet jitted."""
     data, model = self.config.data, self.config.model
+    module = self.model.rounding(stages_lib.KINDS[stage].operand)
+    frozen = stages_lib.frozen(stage, self._trained)
     return make_train_step(
-      apply=self.model.module.apply,
-      tx=self.tx,
+      apply=stages_lib.stop_gradients(module.apply, frozen),
+      tx=stages_lib.hold(self.tx, frozen),
       gather=preprocess.gather,
       prepare=functools.partial(
         preprocess.prepare_train,
@@ -297,10 +312,12 @@ class Experiment:
       seed=self.config.seed,
     )
 
-  def compile_train_step(self, state, source, batch) -> tuple[Callable, float]:
+  def compile_train_step(
+    self, state, source, batch, *, stage: str = 'all'
+  ) -> tuple[Callable, float]:
     """Returns the compiled step and the seconds that took."""
     step = jax.jit(
-      self.train_step_function(),
+      self.train_step_function(stage),
       donate_argnums=0,
       out_shardings=(self.state_shardings, self.whole_sharding),
     )

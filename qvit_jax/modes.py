@@ -123,6 +123,8 @@ def train(config: Any, workdir: str) -> None:
     experiment = Experiment(config, training=True)
     _header('train', experiment, place)
     say(f'schedule  {experiment.schedule_line()}')
+    if config.train.stages:
+      say(f'stages    {", ".join(map(str, experiment.stages))}')
     for line in experiment.whole:
       say(f'sharding  {line}')
     checkpoints = Checkpoints(place / 'checkpoints', writer=True)
@@ -159,11 +161,16 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     writers = Writers([])
   source = experiment.replicate(experiment.data.train.source)
 
-  def make_step(state, batch):
+  def make_step(number, state, batch):
+    stage = next(s for s in experiment.stages if number <= s.last)
+    if config.train.stages:
+      say(stage.line)
     say('compiling the train step ...')
-    step, seconds = experiment.compile_train_step(state, source, batch)
+    step, seconds = experiment.compile_train_step(
+      state, source, batch, stage=stage.name
+    )
     say(f'compiled in {seconds:.1f} s')
-    return lambda state, batch: step(state, source, batch)
+    return lambda state, batch: step(state, source, batch), stage.last
 
   parts = loop.Parts(
     config=config,

@@ -86,6 +86,11 @@ class QuantPlan:
       site.path: spec for site, spec in zip(self.sites, self.specs, strict=True)
     }
 
+  def only(self, operand: str) -> 'QuantPlan':
+    """Returns the plan with bits for 'weights' or for 'acts' alone."""
+    specs = [QuantSpec(**{operand: getattr(s, operand)}) for s in self.specs]
+    return dataclasses.replace(self, specs=tuple(specs))
+
   def bops(self) -> int:
     """Returns bit operations for one image: MACs x bits x bits over sites."""
     total = 0

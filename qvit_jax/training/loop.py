@@ -53,8 +53,8 @@ class Parts:
     config: The whole config; `train`, `eval`, `log`, `checkpoint` are read.
     total_steps: Updates of the whole run.
     steps_per_epoch: Updates of one pass over the training split.
-    make_step: Compiles the update, (state, batch) -> (state, tick), for a
-      first state and batch.
+    make_step: (number of the next update, state, batch) -> the compiled
+      update, (state, batch) -> (state, tick), and the last one it is for.
     train_batches: (first, last) -> placed batches of these updates.
     evaluate: (variables, poll) -> metrics.
     schedule: Learning rate by updates done before.
@@ -64,7 +64,7 @@ class Parts:
   config: Any
   total_steps: int
   steps_per_epoch: int
-  make_step: Callable[[TrainState, Any], Callable]
+  make_step: Callable[[int, TrainState, Any], tuple[Callable, int]]
   train_batches: Callable[[int, int], Iterator[Any]]
   evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
   schedule: Callable[[int], Any]
@@ -124,10 +124,11 @@ class Trainer:
     self._maintain()  # an evaluation that a signal cut short is made up for
     if self._done >= total or self._is_stale():
       return
-    step = None
+    step, last = None, self._done
     for batch in self.parts.train_batches(self._done + 1, total):
-      if step is None:
-        step = self.parts.make_step(self.state, batch)
+      if self._done == last:
+        self._drain()
+        step, last = self.parts.make_step(self._done + 1, self.state, batch)
         self._restart_clock()  # compiling is not training
       self.state, tick = step(self.state, batch)
       self._done += 1
