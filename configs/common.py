@@ -63,6 +63,9 @@ def get_config():
       # weight part leave the attention products alone.
       rules=(),
       act_granularity='per_token',  # 'per_token' | 'per_tensor'
+      # Weight of the distance between the student's and the teacher's
+      # similarity maps of queries and keys (Q-ViT's DGD); 0 = off; >= 0.
+      dgd=0.0,
     )
   )
 
@@ -131,6 +134,21 @@ def get_config():
       ema_decay=0.0,  # Of the weights that are evaluated; 0 = off; [0, 1).
       patience=0,  # Stop after this many evaluations without a new best.
       trainable=('params',),  # Collections that get gradients.
+      # A model to learn from: the workdir of a run of ours, of any size and
+      # bits, or what weights.path takes; '' = none.
+      teacher='',
+      # Size of a teacher that is no run of ours, as model.size; '' = as the
+      # student.
+      teacher_size='',
+      # From the teacher's logits: 'soft' (all of them) | 'hard' (its first
+      # choice) | 'none'. Counts with a teacher.
+      distill='soft',
+      distill_weight=0.5,  # Share of that loss, the labels get the rest; 0..1.
+      temperature=1.0,  # Both logits are divided by it when 'soft'; > 0.
+      # Weight of the distance between the features before both heads, along
+      # the main directions of the teacher's; 0 = off; >= 0.
+      feature_weight=0.0,
+      feature_variance=0.6,  # Share of variance these directions hold; 0..1.
     )
   )
 

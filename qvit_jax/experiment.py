@@ -19,7 +19,7 @@ from qvit_jax.quantization import build_ops, build_plan
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training.state import TrainState, make_state, split_collections
-from qvit_jax.training.step import make_train_step
+from qvit_jax.training.step import TICK, make_train_step
 
 
 class Model:
@@ -129,6 +129,7 @@ class Experiment:
       QvitError: Some part of the config cannot be.
     """
     self.config = config
+    self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
     if data is None:
       find_data(config)
     self.model = Model(config, packed)
@@ -240,10 +241,10 @@ class Experiment:
   # Compiled functions.
 
   def train_step_function(self) -> Callable:
-    """Returns step(state, source, batch), not yet jitted."""
-    data, model = self.config.data, self.config.model
+    """Returns step(state, source, batch, given), not yet jitted."""
+    data, model, teacher = self.config.data, self.config.model, self.teacher
     return make_train_step(
-      apply=self.model.module.apply,
+      apply=teacher.apply_student if teacher else self.model.module.apply,
       tx=self.tx,
       gather=preprocess.gather,
       prepare=functools.partial(
@@ -255,16 +256,30 @@ class Experiment:
       batch_sharding=self.batch_sharding,
       train=self.config.train,
       seed=self.config.seed,
+      teacher=teacher,
     )
 
+  @property
+  def tick(self) -> tuple[str, ...]:
+    """Names of the numbers that a step reports."""
+    return TICK + (self.teacher.names if self.teacher else ())
+
+  @property
+  def given(self) -> Any:
+    """The arrays of the teacher, the step's last argument."""
+    return self.teacher.given if self.teacher else None
+
   def compile_train_step(self, state, source, batch) -> tuple[Callable, float]:
-    """Returns the compiled step and the seconds that took."""
+    """Returns the compiled step and the seconds that took.
+
+    It is called with (state, source, batch, self.given).
+    """
     step = jax.jit(
       self.train_step_function(),
       donate_argnums=0,
       out_shardings=(self.state_shardings, self.whole_sharding),
     )
-    return compile_timed(step, state, source, batch)
+    return compile_timed(step, state, source, batch, self.given)
 
   def train_batches(self, first: int, last: int) -> Iterator[Any]:
     """Yields the placed batches of updates `first` .. `last`."""

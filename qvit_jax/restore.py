@@ -74,7 +74,7 @@ def restore_variables(
   Raises:
     CheckpointError: It is missing, damaged or of another model.
   """
-  stored, step = _find(path)
+  stored, step = find_checkpoint(path)
   metadata = stored.metadata(step)
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=same_plan)
@@ -88,8 +88,15 @@ def restore_variables(
   return variables, f'step {step} of {stored.directory.parent}'
 
 
-def _find(path: str) -> tuple[checkpoint.Checkpoints, int]:
-  directory, step = checkpoint.find_step(path)
+def find_checkpoint(
+  path: str, *, field: str = 'checkpoint.path'
+) -> tuple[checkpoint.Checkpoints, int]:
+  """Returns the checkpoints and the step (the best one) that a path means.
+
+  Raises:
+    CheckpointError: There is none.
+  """
+  directory, step = checkpoint.find_step(path, field=field)
   stored = checkpoint.Checkpoints(directory, writer=False)
   return stored, stored.best() if step is None else step
 
@@ -101,9 +108,11 @@ def _resume(
   place = own.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=True)
   there = config_lib.flatten(metadata['config'])
-  pinned = there.get('weights.path', '')
-  if pinned.startswith(f'{experiment.config.weights.path}@'):
-    experiment.config.weights.path = pinned  # of the commit it started from
+  for section, field in (('weights', 'path'), ('train', 'teacher')):
+    pinned = there.get(f'{section}.{field}', '')
+    if pinned.startswith(f'{experiment.config[section][field]}@'):
+      # Of the commit it started from.
+      experiment.config[section][field] = pinned
   here = config_lib.flatten(config_lib.to_json(experiment.config))
   changed = [name for name in here if there.get(name) != here[name]]
   for name in _FIXED:
@@ -141,7 +150,7 @@ def find_run(model: Model, path: str) -> pathlib.Path:
   Raises:
     CheckpointError: There is none, or it is of another model or other bits.
   """
-  stored, step = _find(path)
+  stored, step = find_checkpoint(path)
   place = stored.directory / str(step)
   _check_same(model, stored.metadata(step), place, same_plan=True)
   return place
