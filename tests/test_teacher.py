@@ -390,6 +390,27 @@ def test_weights_of_a_file_make_a_teacher_of_a_size(tmp_path, monkeypatch):
   assert from_file.lines[0].startswith('vit Ti/4, 8 px')
 
 
+def test_a_teacher_of_the_hub_stays_that_of_its_commit(
+  twin, tmp_path, monkeypatch, capsys
+):
+  modes.run('export', make_digits_config_aqt(), str(twin))
+  file, asked = str(twin / 'export/model.safetensors'), []
+
+  def resolve(path):
+    asked.append(path)
+    return file, 'hf://a/b@commit'
+
+  monkeypatch.setattr(teacher.weights, 'resolve', resolve)
+  config = student_config('hf://a/b')
+  modes.run('train', config, str(tmp_path))
+  saved = json.loads((tmp_path / 'config.json').read_text())
+  assert saved['train']['teacher'] == 'hf://a/b@commit'
+  config = student_config('hf://a/b', steps=8)
+  modes.run('train', config, str(tmp_path))
+  assert asked == ['hf://a/b', 'hf://a/b@commit']
+  assert 'changed since: train.teacher' not in capsys.readouterr().out
+
+
 # What does not go together is said in one line.
 
 
