@@ -74,6 +74,9 @@ def get_config():
       zero_point=True,
       # qvit: 'paper' (statistics of a head) | 'layernorm' (of each token)
       irm='paper',
+      # Weight of the distance between the student's and the teacher's
+      # similarity maps of queries and keys (Q-ViT's DGD); 0 = off; >= 0.
+      dgd=0.0,
     )
   )
 
@@ -150,6 +153,21 @@ def get_config():
       # 'weights' (activations in float) | 'norms' (only norms, biases,
       # LayerScale and collections besides params are trained). () = 'all'.
       stages=(),
+      # A model to learn from: the workdir of a run of ours, of any size and
+      # bits, or what weights.path takes; '' = none.
+      teacher='',
+      # Size of a teacher that is no run of ours, as model.size; '' = as the
+      # student.
+      teacher_size='',
+      # From the teacher's logits: 'soft' (all of them) | 'hard' (its first
+      # choice) | 'none'. Counts with a teacher.
+      distill='soft',
+      distill_weight=0.5,  # Share of that loss, the labels get the rest; 0..1.
+      temperature=1.0,  # Both logits are divided by it when 'soft'; > 0.
+      # Weight of the distance between the features before both heads, along
+      # the main directions of the teacher's; 0 = off; >= 0.
+      feature_weight=0.0,
+      feature_variance=0.6,  # Share of variance these directions hold; 0..1.
     )
   )
 

@@ -28,6 +28,7 @@ class _Stepper:
       state, source, self._fixed
     )
     self._state, self._source = state, source
+    self._given = experiment.given
 
   def fixed(self) -> jax.Array:
     """Steps on one batch that is on the device already."""
@@ -38,7 +39,9 @@ class _Stepper:
     return self._step(next(self._batches))
 
   def _step(self, batch) -> jax.Array:
-    self._state, tick = self.compiled(self._state, self._source, batch)
+    self._state, tick = self.compiled(
+      self._state, self._source, batch, self._given
+    )
     return tick
 
 

@@ -82,6 +82,7 @@ LEGAL: dict[str, _Check] = {
   'quant.steps': _one_of('per_tensor', 'per_head', 'per_position'),
   'quant.zero_point': _BOOL,
   'quant.irm': _one_of('paper', 'layernorm'),
+  'quant.dgd': _ZERO_UP,
   'weights.path': _ANY,
   'weights.required': _BOOL,
   'data.source': _one_of('digits', 'tfds'),
@@ -125,6 +126,13 @@ LEGAL: dict[str, _Check] = {
     lambda v: isinstance(v, (tuple, list)),
     "a tuple of stages such as ('acts:0.3', 'all:0.7')",
   ),
+  'train.teacher': _ANY,
+  'train.teacher_size': _ANY,
+  'train.distill': _one_of('none', 'soft', 'hard'),
+  'train.distill_weight': _share(),
+  'train.temperature': _number(0, open_low=True),
+  'train.feature_weight': _ZERO_UP,
+  'train.feature_variance': _share(),
   'eval.batch_size': _ONE_UP,
   'eval.num_examples': _ZERO_UP,
   'eval.every': _ZERO_UP,
@@ -262,6 +270,27 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda c: c.train.steps == 0,
         'train.steps is set; add --config.train.steps=0',
     ),
+    (
+        ('train.teacher_size', 'train.distill', 'train.distill_weight',
+         'train.temperature', 'train.feature_variance'),
+        lambda c: c.train.teacher,
+        'train.teacher is empty; set --config.train.teacher=',
+    ),
+    (
+        ('train.distill_weight',),
+        lambda c: c.train.distill != 'none',
+        "train.distill is 'none'; set --config.train.distill=soft",
+    ),
+    (
+        ('train.temperature',),
+        lambda c: c.train.distill == 'soft',
+        'only soft distillation has it; set --config.train.distill=soft',
+    ),
+    (
+        ('train.feature_variance',),
+        lambda c: c.train.feature_weight > 0,
+        'train.feature_weight is 0; raise it',
+    ),
 )  # fmt: skip
 
 # Sections that a mode does not read; a flag for one of them is mentioned.
@@ -343,6 +372,8 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
       f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
     )
+  if mode in ('train', 'benchmark'):
+    _check_teacher(config)
   overrides = list(overrides)
   for fields, counts, hint in _NEEDS:
     for name in fields:
@@ -356,6 +387,32 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     for name in overrides
     if name.split('.')[0] in UNUSED[mode]
   ]
+
+
+def _check_teacher(config) -> None:
+  """Raises ConfigError for a loss without teacher, or one without a loss."""
+  train = config.train
+  others = {
+    'train.feature_weight': train.feature_weight,
+    'quant.dgd': config.quant.dgd,
+  }
+  if not train.teacher:
+    for name, value in others.items():
+      if value:
+        raise ConfigError(
+          f'{name}={value:g} compares the model with a teacher, but '
+          'train.teacher is empty; set --config.train.teacher=WORKDIR or '
+          f'--config.{name}=0'
+        )
+  elif not any(others.values()) and (
+    train.distill == 'none' or not train.distill_weight
+  ):
+    raise ConfigError(
+      f'train.teacher={train.teacher!r} would have no effect: train.distill is '
+      f'{train.distill!r} with weight {train.distill_weight:g}, and '
+      'train.feature_weight and quant.dgd are 0; set one of them or leave the '
+      'teacher out'
+    )
 
 
 def _holds(check: Callable[[Any], bool], value: Any) -> bool:

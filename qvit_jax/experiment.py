@@ -20,7 +20,7 @@ from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState, make_state, split_collections
-from qvit_jax.training.step import make_train_step
+from qvit_jax.training.step import TICK, make_train_step
 
 # Images that learned steps are fitted to before the first update.
 _FITTED = 32
@@ -146,6 +146,7 @@ class Experiment:
       QvitError: Some part of the config cannot be.
     """
     self.config = config
+    self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
     if data is None:
       find_data(config)
     self.model = Model(config, packed)
@@ -293,12 +294,15 @@ class Experiment:
   # Compiled functions.
 
   def train_step_function(self, stage: str = 'all') -> Callable:
-    """Returns step(state, source, batch) of a stage, not yet jitted."""
-    data, model = self.config.data, self.config.model
+    """Returns step(state, source, batch, given) of a stage, not yet jitted."""
+    data, model, teacher = self.config.data, self.config.model, self.teacher
     module = self.model.rounding(stages_lib.KINDS[stage].operand)
+    apply = module.apply
+    if teacher:
+      apply = teacher.tapped(self.config, module.ops)
     frozen = stages_lib.frozen(stage, self._trained)
     return make_train_step(
-      apply=stages_lib.stop_gradients(module.apply, frozen),
+      apply=stages_lib.stop_gradients(apply, frozen),
       tx=stages_lib.hold(self.tx, frozen),
       gather=preprocess.gather,
       prepare=functools.partial(
@@ -310,18 +314,32 @@ class Experiment:
       batch_sharding=self.batch_sharding,
       train=self.config.train,
       seed=self.config.seed,
+      teacher=teacher,
     )
+
+  @property
+  def tick(self) -> tuple[str, ...]:
+    """Names of the numbers that a step reports."""
+    return TICK + (self.teacher.names if self.teacher else ())
+
+  @property
+  def given(self) -> Any:
+    """The arrays of the teacher, the step's last argument."""
+    return self.teacher.given if self.teacher else None
 
   def compile_train_step(
     self, state, source, batch, *, stage: str = 'all'
   ) -> tuple[Callable, float]:
-    """Returns the compiled step and the seconds that took."""
+    """Returns the compiled step and the seconds that took.
+
+    It is called with (state, source, batch, self.given).
+    """
     step = jax.jit(
       self.train_step_function(stage),
       donate_argnums=0,
       out_shardings=(self.state_shardings, self.whole_sharding),
     )
-    return compile_timed(step, state, source, batch)
+    return compile_timed(step, state, source, batch, self.given)
 
   def train_batches(self, first: int, last: int) -> Iterator[Any]:
     """Yields the placed batches of updates `first` .. `last`."""

@@ -27,6 +27,7 @@ from qvit_jax import (
 )
 from qvit_jax import config as config_lib
 from qvit_jax import sensitivity as sensitivity_lib
+from qvit_jax import teacher as teacher_lib
 from qvit_jax.errors import ConfigError, DivergedError, ExportError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
@@ -133,6 +134,7 @@ def train(config: Any, workdir: str) -> None:
     state, progress, origin = restore.initial_state(experiment, checkpoints)
     for line in origin:
       say(f'start     {line}')
+    _add_teacher(experiment)
     if jax.process_index() == 0:
       files.write_json(place / 'config.json', config_lib.to_json(config))
     progress = _train(experiment, place, checkpoints, state, progress)
@@ -143,6 +145,14 @@ def train(config: Any, workdir: str) -> None:
       f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
       f'results in {place / "results.json"}'
     )
+
+
+def _add_teacher(experiment: Experiment) -> None:
+  """Loads the teacher that the config asks for and says what it is."""
+  if experiment.config.train.teacher:
+    experiment.teacher = teacher_lib.load_teacher(experiment)
+    for line in experiment.teacher.lines:
+      say(f'teacher   {line}')
 
 
 def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
@@ -170,7 +180,8 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
       state, source, batch, stage=stage.name
     )
     say(f'compiled in {seconds:.1f} s')
-    return lambda state, batch: step(state, source, batch), stage.last
+    given = experiment.given
+    return lambda state, batch: step(state, source, batch, given), stage.last
 
   parts = loop.Parts(
     config=config,
@@ -181,6 +192,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     evaluate=experiment.make_evaluator(),
     schedule=experiment.schedule,
     metadata=experiment.metadata(),
+    tick=experiment.tick,
   )
   trainer = loop.Trainer(
       parts, state, progress, checkpoints=checkpoints, writers=writers,
@@ -251,11 +263,14 @@ def benchmark(config: Any, workdir: str) -> None:
   with _opened(workdir) as place:
     experiment = Experiment(config, training=True)
     _header('benchmark', experiment, place)
+    _add_teacher(experiment)
     twins = {'model': experiment}
     if config.quant.recipe != 'none':
       plain = copy.deepcopy(config)
       plain.quant.recipe = 'none'
       twins['float'] = Experiment(plain, training=True, data=experiment.data)
+      if config.train.teacher:  # a twin without it would be no twin
+        twins['float'].teacher = teacher_lib.load_teacher(twins['float'])
     result = {
       'environment': report.environment(),
       'config_digest': report.config_digest(config_lib.to_json(config)),

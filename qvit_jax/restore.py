@@ -64,7 +64,7 @@ def _start_from(
   experiment: Experiment, path: str
 ) -> tuple[TrainState, Progress, list[str]]:
   """Returns the state of a run that goes on from another one's variables."""
-  stored, step = _find(path)
+  stored, step = find_checkpoint(path)
   metadata = stored.metadata(step)
   if _learned(metadata['arrays']) == _learned(
     {'variables': tree.flatten(experiment.model.shapes)}
@@ -118,7 +118,7 @@ def restore_variables(
   Raises:
     CheckpointError: It is missing, damaged or of another model.
   """
-  stored, step = _find(path)
+  stored, step = find_checkpoint(path)
   metadata = stored.metadata(step)
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=same_plan)
@@ -132,8 +132,15 @@ def restore_variables(
   return variables, f'step {step} of {stored.directory.parent}'
 
 
-def _find(path: str) -> tuple[checkpoint.Checkpoints, int]:
-  directory, step = checkpoint.find_step(path)
+def find_checkpoint(
+  path: str, *, field: str = 'checkpoint.path'
+) -> tuple[checkpoint.Checkpoints, int]:
+  """Returns the checkpoints and the step (the best one) that a path means.
+
+  Raises:
+    CheckpointError: There is none.
+  """
+  directory, step = checkpoint.find_step(path, field=field)
   stored = checkpoint.Checkpoints(directory, writer=False)
   return stored, stored.best() if step is None else step
 
@@ -145,9 +152,11 @@ def _resume(
   place = own.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=True)
   there = config_lib.flatten(metadata['config'])
-  pinned = there.get('weights.path', '')
-  if pinned.startswith(f'{experiment.config.weights.path}@'):
-    experiment.config.weights.path = pinned  # of the commit it started from
+  for section, field in (('weights', 'path'), ('train', 'teacher')):
+    pinned = there.get(f'{section}.{field}', '')
+    if pinned.startswith(f'{experiment.config[section][field]}@'):
+      # Of the commit it started from.
+      experiment.config[section][field] = pinned
   here = config_lib.flatten(config_lib.to_json(experiment.config))
   changed = [name for name in here if there.get(name) != here[name]]
   for name in _FIXED:
@@ -187,7 +196,7 @@ def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:
   Raises:
     CheckpointError: There is none, or it is of another model or other bits.
   """
-  stored, step = _find(path)
+  stored, step = find_checkpoint(path)
   metadata, place = stored.metadata(step), stored.directory / str(step)
   _check_same(model, metadata, place, same_plan=True)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -216,3 +216,28 @@ def rectify(x, gamma, beta):
       size = np.sqrt(head.var() + 1e-5)
       out[b, :, k] = (head - head.mean() + beta[k]) / (gamma[k] * size)
   return out
+
+
+# Distillation: Hinton et al. 2015, arXiv:1503.02531.
+
+
+def soft_distillation(logits, teacher, temperature):
+  """Returns T^2 KL(teacher || student), averaged over images."""
+  p, q = (
+    softmax(x.astype(np.float64) / temperature) for x in (teacher, logits)
+  )
+  return temperature**2 * (p * (np.log(p) - np.log(q))).sum(1).mean()
+
+
+# Q-ViT's DGD: Li et al. 2022, arXiv:2210.06707.
+
+
+def map_distance(x, teacher):
+  """Returns sum over heads of |G_T - G|, averaged over images; [b, n, k, d]."""
+  total = 0.0
+  for image in range(len(x)):
+    for head in range(x.shape[2]):
+      a, b = (z[image, :, head].astype(np.float64) for z in (x, teacher))
+      maps = [z @ z.T / np.linalg.norm(z @ z.T) for z in (a, b)]
+      total += np.linalg.norm(maps[1] - maps[0])
+  return total / len(x)

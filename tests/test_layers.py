@@ -31,6 +31,7 @@ ROWS = {
   'restore': 9,
   'benchmarks': 9,
   'packing': 10,
+  'teacher': 10,
   'modes': 12,
 }
 # training does not know which model, recipe or data source it runs.

@@ -73,8 +73,13 @@ class Console:
     if self._done > self._first:
       per_step = elapsed / (self._done - self._first)
       left = _duration(per_step * (self._total - self._done))
+    parts = ''.join(
+      f'{name.replace("_", " ")} {value:.4f}  '
+      for name, value in scalars.items()
+      if name.endswith('_loss')
+    )
     self.line(
-      f'step {self._done}/{self._total}  loss {scalars["loss"]:.4f}  '
+      f'step {self._done}/{self._total}  loss {scalars["loss"]:.4f}  {parts}'
       f'top1 {scalars["top1"]:.4f}  lr {scalars["lr"]:.2e}  '
       f'grad norm {scalars["grad_norm"]:.3f}  '
       f'{scalars["images_per_second"]:.4g} images/s  ETA {left}'

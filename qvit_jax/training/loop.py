@@ -30,6 +30,7 @@ class Progress:
   Attributes:
     window: Sums of the ticks since the last log line, so that a resumed run
       writes the same line.
+    window_names: What they are sums of.
     window_size: How many ticks they hold.
     best_step: Step of the best evaluation so far.
     best: All metrics of that evaluation.
@@ -37,7 +38,12 @@ class Progress:
     evaluated_step: Step of the last evaluation.
   """
 
-  window: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)
+  window: list[float] = dataclasses.field(
+    default_factory=lambda: [0.0] * len(TICK)
+  )
+  window_names: list[str] = dataclasses.field(
+    default_factory=lambda: list(TICK)
+  )
   window_size: int = 0
   best_step: int | None = None
   best: dict[str, Any] | None = None
@@ -59,6 +65,7 @@ class Parts:
     evaluate: (variables, poll) -> metrics.
     schedule: Learning rate by updates done before.
     metadata: What is saved with every checkpoint.
+    tick: Names of the numbers that a step reports.
   """
 
   config: Any
@@ -69,6 +76,7 @@ class Parts:
   evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
+  tick: tuple[str, ...] = TICK
 
 
 class _Interrupted(Exception):  # noqa: N818 - control flow, never leaves here
@@ -100,6 +108,9 @@ class Trainer:
     self._clocked = self._done  # updates done when the clock was started
     config = parts.config
     self._eval_every = config.eval.every or parts.steps_per_epoch
+    if progress.window_names != list(parts.tick):  # new, or other losses
+      progress.window_names = list(parts.tick)
+      self._clear_window()
 
   def run(self) -> Progress:
     """Trains to the end and returns the progress.
@@ -167,7 +178,7 @@ class Trainer:
     """Waits for the oldest update in flight and books its numbers."""
     step, tick = self._pending.popleft()
     values = np.asarray(tick).tolist()
-    for name, value in zip(TICK, values, strict=True):
+    for name, value in zip(self.parts.tick, values, strict=True):
       if not np.isfinite(value):
         raise self._diverged(f'{name} is {value}', step)
     window = self.progress.window
@@ -197,7 +208,7 @@ class Trainer:
     means = [total / progress.window_size for total in progress.window]
     images = (step - self._clocked) * self.parts.config.train.batch_size
     seconds = time.monotonic() - self._clock
-    scalars = dict(zip(TICK, means, strict=True)) | {
+    scalars = dict(zip(self.parts.tick, means, strict=True)) | {
       'lr': float(self.parts.schedule(step - 1)),
       'images_per_second': images / seconds,
     }
@@ -205,8 +216,12 @@ class Trainer:
       step, {f'train/{name}': value for name, value in scalars.items()}
     )
     self._console.log(scalars)
-    progress.window, progress.window_size = [0.0] * len(TICK), 0
+    self._clear_window()
     self._restart_clock(step)
+
+  def _clear_window(self) -> None:
+    progress = self.progress
+    progress.window, progress.window_size = [0.0] * len(self.parts.tick), 0
 
   def _restart_clock(self, step: int | None = None) -> None:
     self._clock = time.monotonic()

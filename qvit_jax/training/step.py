@@ -10,7 +10,7 @@ import optax
 from qvit_jax.training import losses
 from qvit_jax.training.state import TrainState, split_collections
 
-# Order of the numbers that a step reports.
+# Order of the numbers that a step reports; those of a teacher come after them.
 TICK = ('loss', 'top1', 'grad_norm')
 
 
@@ -46,44 +46,56 @@ def make_train_step(
   batch_sharding: Any,
   train: Any,
   seed: int,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, jax.Array]]:
-  """Returns step(state, source, batch) -> (next state, tick).
+  teacher: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]] | None = None,
+) -> Callable[..., tuple[TrainState, jax.Array]]:
+  """Returns step(state, source, batch, given) -> (next state, tick).
 
   Args:
-    apply: `model.apply`.
+    apply: `model.apply`; with a teacher it returns (logits, what the teacher
+      wants to see of the model).
     tx: The optimizer of the trainable collections.
     gather: Makes uint8 images and labels of (source, batch).
     prepare: Makes augmented images and targets of (key, images, labels).
     batch_sharding: Where the images of a batch lie.
     train: `config.train`.
     seed: Of augmentation and dropout, together with the step.
+    teacher: Makes (loss, its parts) of (given, images, logits, what was seen,
+      loss of the labels). `given` are the teacher's own arrays, an argument of
+      the step, so that they are not compiled into it.
 
   Returns:
-    The function; its tick is float32 [3], the mean loss and top-1 of the batch
-    and the norm of the gradient before clipping.
+    The function; its tick is float32, the mean loss and top-1 of the batch, the
+    norm of the gradient before clipping, and the parts of the teacher's loss.
   """
 
-  def loss_of(trained, frozen, images, labels, key):
+  def loss_of(trained, fixed, images, labels, key):
+    frozen, given = fixed
     augment_key, dropout_key = jax.random.split(key)
     x, targets = prepare(augment_key, images, labels)
     logits = apply(
       {**frozen, **trained}, x, train=True, rngs={'dropout': dropout_key}
     )
+    logits, seen = logits if teacher else (logits, None)
     loss = losses.cross_entropy(logits, targets, train.label_smoothing)
-    return loss, losses.top1(logits, targets)
+    parts: tuple[jax.Array, ...] = ()
+    if teacher:
+      loss, parts = teacher(given, x, logits, seen, loss)
+    return loss, (losses.top1(logits, targets), parts)
 
   gradient = _accumulated(
     jax.value_and_grad(loss_of, has_aux=True), train.accumulate
   )
 
-  def step(state: TrainState, source: Any, batch: Any):
+  def step(state: TrainState, source: Any, batch: Any, given: Any = None):
     number = state.step + 1
     key = jax.random.fold_in(jax.random.key(seed), number)
     images, labels = jax.lax.with_sharding_constraint(
       gather(source, batch), batch_sharding
     )
     trained, frozen = split_collections(state.variables, train.trainable)
-    (loss, top1), grads = gradient(trained, frozen, images, labels, key)
+    (loss, (top1, parts)), grads = gradient(
+      trained, (frozen, given), images, labels, key
+    )
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = state.ema
@@ -91,7 +103,7 @@ def make_train_step(
       # Young averages follow faster, or the random init would linger.
       decay = jnp.minimum(train.ema_decay, number / (number + 9))
       ema = jax.tree.map(lambda a, b: a + (b - a) * (1 - decay), ema, trained)
-    tick = jnp.stack([loss, top1, optax.global_norm(grads)])
+    tick = jnp.stack([loss, top1, optax.global_norm(grads), *parts])
     state = TrainState(number, {**frozen, **trained}, opt_state, ema)
     return state, tick.astype(jnp.float32)
 

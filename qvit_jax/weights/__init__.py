@@ -3,7 +3,12 @@
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layouts import LAYOUTS
-from qvit_jax.weights.load import load_weights, read_weights, resolve
+from qvit_jax.weights.load import (
+  is_run,
+  load_weights,
+  read_weights,
+  resolve,
+)
 from qvit_jax.weights.report import Report
 from qvit_jax.weights.save import (
   hf_config,
@@ -13,7 +18,7 @@ from qvit_jax.weights.save import (
 )
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'load_weights',
-    'open_source', 'read_metadata', 'read_weights', 'resolve', 'save_weights',
-    'translate',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'is_run',
+    'load_weights', 'open_source', 'read_metadata', 'read_weights', 'resolve',
+    'save_weights', 'translate',
 ]  # fmt: skip

@@ -65,7 +65,7 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
   local, _ = resolve(path)
   wanted = tree.flatten(params)
   place = pathlib.Path(local).expanduser()
-  if _is_own(place):
+  if is_run(place):
     return Import(_own_source(str(place)), wanted, None).run()
   source = open_source(place)
   _strip_wrapper(source)
@@ -92,7 +92,8 @@ def _strip_wrapper(source: Source) -> None:
       source.notes.append(f'{prefix!r} dropped from every name')
 
 
-def _is_own(place: pathlib.Path) -> bool:
+def is_run(place: pathlib.Path) -> bool:
+  """Returns whether a path is a run of ours: its workdir or a checkpoint."""
   with contextlib.suppress(OSError, ValueError):  # said when it is opened
     return place.is_dir() and (
       (place / 'checkpoints').is_dir()
