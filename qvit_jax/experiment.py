@@ -77,8 +77,12 @@ class Model:
       key = f'{kind} {spec}'
       counts[key] = counts.get(key, 0) + 1
     listed = ', '.join(f'{n} {key}' for key, n in counts.items())
+    backward = ''
+    if quant.recipe == 'aqt' and quant.backward_bits:
+      backward = f', backward products {quant.backward_bits} bit, stochastic'
     return (
-      f'{listed} (recipe {quant.recipe}, activations {quant.act_granularity})'
+      f'{listed} (recipe {quant.recipe}, activations '
+      f'{quant.act_granularity}{backward})'
     )
 
   def size_bytes(self) -> int:
@@ -184,6 +188,16 @@ class Experiment:
       f'({epochs:.2f} epochs), {optim.name}, lr '
       f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
     )
+
+  def precision_lines(self) -> list[str]:
+    """One line about loss scaling where it is on."""
+    optim = self.config.optim
+    if self.config.model.dtype != 'float16':
+      return []
+    return [
+      f'float16 with loss scale {optim.loss_scale:g}, halved at an overflow, '
+      f'doubled after {optim.loss_scale_growth} finite updates'
+    ]
 
   # Arrays and their places.
 

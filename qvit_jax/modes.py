@@ -123,6 +123,8 @@ def train(config: Any, workdir: str) -> None:
     experiment = Experiment(config, training=True)
     _header('train', experiment, place)
     say(f'schedule  {experiment.schedule_line()}')
+    for line in experiment.precision_lines():
+      say(f'precision {line}')
     for line in experiment.whole:
       say(f'sharding  {line}')
     checkpoints = Checkpoints(place / 'checkpoints', writer=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from qvit_jax.ops import Core, FloatCore, Ops, Site
 from qvit_jax.quantization import spec
@@ -14,16 +15,19 @@ class Recipe:
 
   Attributes:
     quantizes: False when the fields of `config.quant` have no effect.
-    make_core: Builds the core slot from the plan.
+    make_core: Builds the core slot from the plan and `config.quant`.
   """
 
   quantizes: bool
-  make_core: Callable[[spec.QuantPlan], Core]
+  make_core: Callable[[spec.QuantPlan, Any], Core]
 
 
 RECIPES = {
-  'none': Recipe(quantizes=False, make_core=lambda plan: FloatCore()),
-  'aqt': Recipe(quantizes=True, make_core=AqtCore),
+  'none': Recipe(quantizes=False, make_core=lambda *_: FloatCore()),
+  'aqt': Recipe(
+    quantizes=True,
+    make_core=lambda plan, quant: AqtCore(plan, quant.backward_bits),
+  ),
 }
 
 
@@ -46,4 +50,4 @@ def build_plan(quant, sites: Sequence[Site]) -> spec.QuantPlan:
 
 def build_ops(quant, plan: spec.QuantPlan) -> Ops:
   """Returns the arithmetic of `config.quant`."""
-  return Ops(core=RECIPES[quant.recipe].make_core(plan))
+  return Ops(core=RECIPES[quant.recipe].make_core(plan, quant))

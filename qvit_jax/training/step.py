@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qvit_jax.training import losses
+from qvit_jax.training import loss_scale, losses
 from qvit_jax.training.state import TrainState, split_collections
 
 # Order of the numbers that a step reports.
 TICK = ('loss', 'top1', 'grad_norm')
+# What follows them under loss scaling: the scale of the next update, and
+# whether this one was skipped.
+SCALING = ('loss_scale', 'skipped')
 
 
 def _accumulated(gradient: Callable, parts: int) -> Callable:
@@ -60,21 +63,21 @@ def make_train_step(
 
   Returns:
     The function; its tick is float32 [3], the mean loss and top-1 of the batch
-    and the norm of the gradient before clipping.
+    and the norm of the gradient before clipping, or [5] with SCALING where the
+    state is one of `loss_scale`.
   """
 
   def loss_of(trained, frozen, images, labels, key):
-    augment_key, dropout_key = jax.random.split(key)
+    augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
     x, targets = prepare(augment_key, images, labels)
     logits = apply(
-      {**frozen, **trained}, x, train=True, rngs={'dropout': dropout_key}
+      {**frozen, **trained},
+      x,
+      train=True,
+      rngs={'dropout': dropout_key, 'rounding': rounding_key},
     )
     loss = losses.cross_entropy(logits, targets, train.label_smoothing)
     return loss, losses.top1(logits, targets)
-
-  gradient = _accumulated(
-    jax.value_and_grad(loss_of, has_aux=True), train.accumulate
-  )
 
   def step(state: TrainState, source: Any, batch: Any):
     number = state.step + 1
@@ -83,16 +86,25 @@ def make_train_step(
       gather(source, batch), batch_sharding
     )
     trained, frozen = split_collections(state.variables, train.trainable)
+    gradient = _accumulated(
+      loss_scale.value_and_grad(loss_of, state.opt_state), train.accumulate
+    )
     (loss, top1), grads = gradient(trained, frozen, images, labels, key)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+    before, trained = trained, optax.apply_updates(trained, updates)
     ema = state.ema
     if train.ema_decay:
       # Young averages follow faster, or the random init would linger.
       decay = jnp.minimum(train.ema_decay, number / (number + 9))
       ema = jax.tree.map(lambda a, b: a + (b - a) * (1 - decay), ema, trained)
-    tick = jnp.stack([loss, top1, optax.global_norm(grads)])
+    tick = [loss, top1, optax.global_norm(grads)]
+    if isinstance(opt_state, loss_scale.ScaledState):
+      finite = loss_scale.all_finite(grads)
+      trained, ema = loss_scale.select(
+        finite, (trained, ema), (before, state.ema)
+      )
+      tick += [opt_state.scale, 1 - finite]
     state = TrainState(number, {**frozen, **trained}, opt_state, ema)
-    return state, tick.astype(jnp.float32)
+    return state, jnp.stack(tick).astype(jnp.float32)
 
   return step
