@@ -43,7 +43,9 @@ def get_config():
       # Chance to skip the last block's branches, growing linearly from 0
       # at the first block; [0, 1).
       stochastic_depth=0.0,
-      dtype='bfloat16',  # Of products: 'bfloat16' | 'float32'
+      # Of products: 'bfloat16' | 'float16' (with loss scaling) | 'float32';
+      # parameters, norms and softmax are float32.
+      dtype='bfloat16',
       remat=False,  # Recompute blocks in the backward pass: less memory.
     )
   )
@@ -77,6 +79,9 @@ def get_config():
       # Weight of the distance between the student's and the teacher's
       # similarity maps of queries and keys (Q-ViT's DGD); 0 = off; >= 0.
       dgd=0.0,
+      # aqt: 8 = products of the backward pass with quantized operands have
+      # 8-bit gradients, rounded stochastically; 0 = float gradients.
+      backward_bits=0,
     )
   )
 
@@ -131,6 +136,10 @@ def get_config():
       weight_decay=0.0,  # Per unit of learning rate; >= 0.
       decay_rules=('kernel$',),  # Regexes of the parameters that decay.
       clip_norm=0.0,  # Global gradient norm; 0 = no clipping.
+      # model.dtype='float16': what the loss is multiplied by at first; [1,
+      # 2**60). Halves where a gradient overflows, whose update is skipped.
+      loss_scale=2.0**15,
+      loss_scale_growth=2000,  # Finite updates until it doubles; >= 1.
       b1=0.9,  # adamw, lamb: decay of the first moment; [0, 1).
       b2=0.999,  # adamw, lamb: decay of the second moment; [0, 1).
       momentum=0.9,  # sgd: [0, 1).

@@ -94,8 +94,12 @@ class Model:
       key = f'{kind} {spec}'
       counts[key] = counts.get(key, 0) + 1
     listed = ', '.join(f'{n} {key}' for key, n in counts.items())
+    backward = ''
+    if quant.recipe == 'aqt' and quant.backward_bits:
+      backward = f', backward products {quant.backward_bits} bit, stochastic'
     return (
-      f'{listed} (recipe {quant.recipe}, activations {plan.act_granularity})'
+      f'{listed} (recipe {quant.recipe}, activations '
+      f'{plan.act_granularity}{backward})'
     )
 
   def size_bytes(self) -> int:
@@ -209,6 +213,16 @@ class Experiment:
     stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
     stages_lib.check(stages, self._trained, self.model.plan.specs)
     return stages
+
+  def precision_lines(self) -> list[str]:
+    """One line about loss scaling where it is on."""
+    optim = self.config.optim
+    if self.config.model.dtype != 'float16':
+      return []
+    return [
+      f'float16 with loss scale {optim.loss_scale:g}, halved at an overflow, '
+      f'doubled after {optim.loss_scale_growth} finite updates'
+    ]
 
   # Arrays and their places.
 

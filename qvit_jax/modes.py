@@ -126,6 +126,8 @@ def train(config: Any, workdir: str) -> None:
     say(f'schedule  {experiment.schedule_line()}')
     if config.train.stages:
       say(f'stages    {", ".join(map(str, experiment.stages))}')
+    for line in experiment.precision_lines():
+      say(f'precision {line}')
     for line in experiment.whole:
       say(f'sharding  {line}')
     checkpoints = Checkpoints(place / 'checkpoints', writer=True)

@@ -159,7 +159,10 @@ def _resume(
       experiment.config[section][field] = pinned
   here = config_lib.flatten(config_lib.to_json(experiment.config))
   changed = [name for name in here if there.get(name) != here[name]]
-  for name in _FIXED:
+  fixed = _FIXED
+  if 'float16' in (there.get('model.dtype'), here['model.dtype']):
+    fixed += ('model.dtype',)  # its optimizer has a loss scale
+  for name in fixed:
     if name in changed and name in there:  # not a field newer than the run
       raise CheckpointError(
         f'{place} was trained with {name}={there.get(name)!r}, not '

@@ -55,7 +55,7 @@ def test_every_field_is_explained():
     ('model.norm_eps', 0.0),
     ('model.dropout', 1.0),
     ('model.stochastic_depth', -0.1),
-    ('model.dtype', 'float16'),
+    ('model.dtype', 'float64'),
     ('quant.recipe', 'gptq'),
     ('quant.act_granularity', 'per_channel'),
     ('data.source', 'imagenet'),

@@ -112,6 +112,7 @@ def test_codes_are_aqts_bit_for_bit(bits, dtype):
     ('w8a8', 'per_token', 'bfloat16'),
     ('mixed', 'per_token', 'float32'),
     ('mixed', 'per_tensor', 'bfloat16'),
+    ('mixed', 'per_token', 'float16'),
   ],
 )
 def test_a_packed_model_computes_what_training_evaluated(

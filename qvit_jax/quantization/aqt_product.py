@@ -28,7 +28,8 @@ def aqt_product(
     integer_dot: (lhs, rhs, dims, bound on |lhs| * |rhs|, bound on their sum or
       0) -> exact product of whole numbers, in float32.
   """
-  dtype = lhs.dtype
+  dtype = numerics.aqt_dtype(lhs.dtype)
+  lhs = lhs.astype(dtype)
   left, right = dims[0] if plan.aqt == 'per_token' else (None, None)
   scales = {}
   if plan.acts:
@@ -36,7 +37,7 @@ def aqt_product(
   if isinstance(rhs, QTensor):
     rhs, scales[1] = rhs.codes, rhs.scale.astype(dtype)
   elif plan.acts and not site.is_layer:
-    rhs, scales[1] = numerics.aqt_codes(rhs, plan.acts, right)
+    rhs, scales[1] = numerics.aqt_codes(rhs.astype(dtype), plan.acts, right)
   if len(scales) == 2:
     # Codes of up to 8 bits are exact in bf16.
     lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)

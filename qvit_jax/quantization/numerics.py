@@ -6,6 +6,8 @@ codes from 0 to 2**bits - 1, or from -m to m with m = 2**(bits-1) - 1 and zero 0
 section 2.1; Nagel et al. 2021, arXiv:2106.08295, section 2.2.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -99,6 +101,15 @@ def round_to_grid(
   """Returns x moved to the nearest level: quantized and dequantized."""
   codes = to_codes(x, scale, zero, bits, symmetric=symmetric)
   return from_codes(codes, scale, zero)
+
+
+def aqt_dtype(dtype: Any) -> Any:
+  """Returns the dtype of scales and sums around AQT's integers.
+
+  That of the operands, but float32 for float16: four products of 8-bit codes
+  may pass its largest number, 65504.
+  """
+  return jnp.dtype('float32' if dtype == jnp.float16 else dtype)
 
 
 def aqt_codes(

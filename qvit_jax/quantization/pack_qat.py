@@ -98,7 +98,9 @@ def _convert(
   w = w.astype(dtype)  # which products see, and so do their scales
   if bits is None:
     return w
-  codes, scale = numerics.aqt_codes(w, bits, (0,))
+  codes, scale = numerics.aqt_codes(
+    w.astype(numerics.aqt_dtype(w.dtype)), bits, (0,)
+  )
   return qtensor.from_codes(codes, scale, bits)
 
 

@@ -28,6 +28,11 @@ class Recipe:
   granularity: str = 'act_granularity'
 
 
+def _aqt(quant, plan, hidden) -> Ops:
+  del hidden
+  return Ops(core=AqtCore(plan, quant.backward_bits))
+
+
 def _lsq(quant, plan, hidden) -> Ops:
   del hidden
   return Ops(core=LearnedCore(plan, has_zero=quant.zero_point))
@@ -48,7 +53,7 @@ def _qvit(quant, plan, hidden) -> Ops:
 _LEARNED = {'collections': ('params', 'quant'), 'granularity': 'steps'}
 RECIPES = {
   'none': Recipe(lambda quant, plan, hidden: Ops(), quantizes=False),
-  'aqt': Recipe(lambda quant, plan, hidden: Ops(core=AqtCore(plan))),
+  'aqt': Recipe(_aqt),
   'lsq': Recipe(_lsq, **_LEARNED),
   'statsq': Recipe(_statsq, **_LEARNED),
   'qvit': Recipe(_qvit, **_LEARNED),

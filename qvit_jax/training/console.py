@@ -8,6 +8,15 @@ import rich.progress
 
 # Plain output says something at least this often while updates are slow.
 _HEARTBEAT_SECONDS = 30
+# What a line shows of the metrics it is given: (key, name, format).
+_NUMBERS = (
+  ('loss', 'loss', '.4f'),
+  ('top1', 'top1', '.4f'),
+  ('lr', 'lr', '.2e'),
+  ('grad_norm', 'grad norm', '.3f'),
+  ('loss_scale', 'loss scale', 'g'),
+  ('skipped', 'skipped', 'd'),
+)
 
 
 class Console:
@@ -73,15 +82,18 @@ class Console:
     if self._done > self._first:
       per_step = elapsed / (self._done - self._first)
       left = _duration(per_step * (self._total - self._done))
-    parts = ''.join(
-      f'{name.replace("_", " ")} {value:.4f}  '
-      for name, value in scalars.items()
-      if name.endswith('_loss')
-    )
+    numbers = [
+      f'{name} {scalars[key]:{form}}'
+      for key, name, form in _NUMBERS
+      if key in scalars
+    ]
+    numbers[1:1] = [
+      f'{key.replace("_", " ")} {value:.4f}'
+      for key, value in scalars.items()
+      if key.endswith('_loss')
+    ]
     self.line(
-      f'step {self._done}/{self._total}  loss {scalars["loss"]:.4f}  {parts}'
-      f'top1 {scalars["top1"]:.4f}  lr {scalars["lr"]:.2e}  '
-      f'grad norm {scalars["grad_norm"]:.3f}  '
+      f'step {self._done}/{self._total}  {"  ".join(numbers)}  '
       f'{scalars["images_per_second"]:.4g} images/s  ETA {left}'
     )
 

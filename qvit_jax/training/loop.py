@@ -19,7 +19,7 @@ from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
 from qvit_jax.training.signals import StopFlag
 from qvit_jax.training.state import TrainState
-from qvit_jax.training.step import TICK
+from qvit_jax.training.step import SCALING, TICK
 from qvit_jax.training.writers import Writers, confusion_image
 
 
@@ -32,6 +32,7 @@ class Progress:
       writes the same line.
     window_names: What they are sums of.
     window_size: How many ticks they hold.
+    skipped: Updates skipped so far, because float16 overflowed.
     best_step: Step of the best evaluation so far.
     best: All metrics of that evaluation.
     stale: Evaluations since then.
@@ -45,6 +46,7 @@ class Progress:
     default_factory=lambda: list(TICK)
   )
   window_size: int = 0
+  skipped: int = 0
   best_step: int | None = None
   best: dict[str, Any] | None = None
   stale: int = 0
@@ -116,7 +118,8 @@ class Trainer:
     """Trains to the end and returns the progress.
 
     Raises:
-      DivergedError: Loss or gradient is not finite.
+      DivergedError: Loss or gradient is not finite, and no loss scale from 1
+        up makes the gradient finite.
       Preempted: A signal came; the state is saved.
       CheckpointError: The disk took no checkpoint.
     """
@@ -178,6 +181,28 @@ class Trainer:
     """Waits for the oldest update in flight and books its numbers."""
     step, tick = self._pending.popleft()
     values = np.asarray(tick).tolist()
+    count = len(self.parts.tick)
+    values, scaling = values[:count], values[count:]
+    scaling = dict(zip(SCALING, scaling, strict=True)) if scaling else {}
+    if scaling.get('skipped'):
+      self._skip(step, scaling['loss_scale'])
+    else:
+      self._book(step, values)
+    if self._is_log_step(step):
+      if scaling:
+        scaling['skipped'] = self.progress.skipped
+      self._log(step, scaling)
+
+  def _skip(self, step: int, scale: float) -> None:
+    self.progress.skipped += 1
+    if scale < 1:
+      raise self._diverged(
+        f'gradients overflow float16 although the loss scale fell to {scale:g} '
+        '(bfloat16 has the range of float32)',
+        step,
+      )
+
+  def _book(self, step: int, values: list[float]) -> None:
     for name, value in zip(self.parts.tick, values, strict=True):
       if not np.isfinite(value):
         raise self._diverged(f'{name} is {value}', step)
@@ -185,8 +210,6 @@ class Trainer:
     self.progress.window = [a + b for a, b in zip(window, values, strict=True)]
     self.progress.window_size += 1
     self._console.step(step, values[0], values[1])
-    if self._is_log_step(step):
-      self._log(step)
 
   def _is_log_step(self, step: int) -> bool:
     every, last = self.parts.config.log.every, self.parts.total_steps
@@ -203,15 +226,23 @@ class Trainer:
       'or set optim.clip_norm'
     )
 
-  def _log(self, step: int) -> None:
+  def _log(self, step: int, scaling: dict[str, float]) -> None:
     progress = self.progress
-    means = [total / progress.window_size for total in progress.window]
+    means = {}
+    if progress.window_size:  # else every update was skipped
+      means = {
+        name: total / progress.window_size
+        for name, total in zip(self.parts.tick, progress.window, strict=True)
+      }
     images = (step - self._clocked) * self.parts.config.train.batch_size
     seconds = time.monotonic() - self._clock
-    scalars = dict(zip(self.parts.tick, means, strict=True)) | {
-      'lr': float(self.parts.schedule(step - 1)),
+    # A skipped update leaves the optimizer and its schedule where they were.
+    applied = max(step - progress.skipped, 1)
+    scalars = means | {
+      'lr': float(self.parts.schedule(applied - 1)),
       'images_per_second': images / seconds,
     }
+    scalars |= scaling
     self._writers.write_scalars(
       step, {f'train/{name}': value for name, value in scalars.items()}
     )

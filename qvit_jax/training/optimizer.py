@@ -7,6 +7,7 @@ import optax
 
 from qvit_jax import rules, tree
 from qvit_jax.errors import ConfigError
+from qvit_jax.training import loss_scale
 
 
 def warmup_steps(config, total: int, per_epoch: int) -> int:
@@ -111,6 +112,10 @@ def make_optimizer(
         {name: name == 'quant' for name in trainable},
       ),
     )
-  if not optim.clip_norm:
+  if optim.clip_norm:
+    update = optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+  if config.model.dtype != 'float16':
     return update
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+  return loss_scale.dynamic(
+    update, initial=optim.loss_scale, growth=optim.loss_scale_growth
+  )

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qvit_jax.training import losses
+from qvit_jax.training import loss_scale, losses
 from qvit_jax.training.state import TrainState, split_collections
 
 # Order of the numbers that a step reports; those of a teacher come after them.
 TICK = ('loss', 'top1', 'grad_norm')
+# What follows them under loss scaling: the scale of the next update, and
+# whether this one was skipped.
+SCALING = ('loss_scale', 'skipped')
 
 
 def _accumulated(gradient: Callable, parts: int) -> Callable:
@@ -64,16 +67,20 @@ def make_train_step(
       the step, so that they are not compiled into it.
 
   Returns:
-    The function; its tick is float32, the mean loss and top-1 of the batch, the
-    norm of the gradient before clipping, and the parts of the teacher's loss.
+    The function; its tick is float32: the mean loss and top-1 of the batch, the
+    norm of the gradient before clipping, the parts of the teacher's loss, and
+    SCALING where the state is one of `loss_scale`.
   """
 
   def loss_of(trained, fixed, images, labels, key):
     frozen, given = fixed
-    augment_key, dropout_key = jax.random.split(key)
+    augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
     x, targets = prepare(augment_key, images, labels)
     logits = apply(
-      {**frozen, **trained}, x, train=True, rngs={'dropout': dropout_key}
+      {**frozen, **trained},
+      x,
+      train=True,
+      rngs={'dropout': dropout_key, 'rounding': rounding_key},
     )
     logits, seen = logits if teacher else (logits, None)
     loss = losses.cross_entropy(logits, targets, train.label_smoothing)
@@ -82,10 +89,6 @@ def make_train_step(
       loss, parts = teacher(given, x, logits, seen, loss)
     return loss, (losses.top1(logits, targets), parts)
 
-  gradient = _accumulated(
-    jax.value_and_grad(loss_of, has_aux=True), train.accumulate
-  )
-
   def step(state: TrainState, source: Any, batch: Any, given: Any = None):
     number = state.step + 1
     key = jax.random.fold_in(jax.random.key(seed), number)
@@ -93,18 +96,27 @@ def make_train_step(
       gather(source, batch), batch_sharding
     )
     trained, frozen = split_collections(state.variables, train.trainable)
+    gradient = _accumulated(
+      loss_scale.value_and_grad(loss_of, state.opt_state), train.accumulate
+    )
     (loss, (top1, parts)), grads = gradient(
       trained, (frozen, given), images, labels, key
     )
     updates, opt_state = tx.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+    before, trained = trained, optax.apply_updates(trained, updates)
     ema = state.ema
     if train.ema_decay:
       # Young averages follow faster, or the random init would linger.
       decay = jnp.minimum(train.ema_decay, number / (number + 9))
       ema = jax.tree.map(lambda a, b: a + (b - a) * (1 - decay), ema, trained)
-    tick = jnp.stack([loss, top1, optax.global_norm(grads), *parts])
+    tick = [loss, top1, optax.global_norm(grads), *parts]
+    if isinstance(opt_state, loss_scale.ScaledState):
+      finite = loss_scale.all_finite(grads)
+      trained, ema = loss_scale.select(
+        finite, (trained, ema), (before, state.ema)
+      )
+      tick += [opt_state.scale, 1 - finite]
     state = TrainState(number, {**frozen, **trained}, opt_state, ema)
-    return state, tick.astype(jnp.float32)
+    return state, jnp.stack(tick).astype(jnp.float32)
 
   return step
