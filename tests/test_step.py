@@ -62,6 +62,7 @@ class Trainer:
     config = common.get_config()
     config.data.update(mean=(0.5,) * 3, std=(0.3,) * 3)
     config.data.update(data or {})
+    config.train.trainable = ('params',)
     config.train.update(train)
     self.train = config.train
     self.model = model or Linear()
