@@ -303,6 +303,8 @@ def _check_float(mode: str, config: Any) -> None:
       f'--mode={mode} starts from a float model, but quant.recipe is '
       f'{config.quant.recipe!r}; set --config.quant.recipe=none'
     )
+  for field in ('checkpoint', 'weights'):
+    restore.check_float_run(f'{field}.path', config[field].path)
   if jax.process_count() > 1:
     raise ConfigError(f'--mode={mode} runs in one process; start it once')
 

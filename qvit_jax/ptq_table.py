@@ -28,7 +28,7 @@ from qvit_jax.evaluation import page, report
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
 from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import calibrate, compare, ptq
-from qvit_jax.quantization.rows import Row, parse_row
+from qvit_jax.quantization.rows import Row, check_groups, parse_row
 from qvit_jax.quantization.tune import tune
 
 # Images for the noise of each product, and how many are held at once.
@@ -83,6 +83,8 @@ class Table:
     # Rows of an earlier run count only if they are of the same weights.
     self._digest = calibration.digest(params)
     self._done: dict[str, dict[str, Any]] = {}
+    for note in check_groups(self.rows, self.sites):
+      say(f'note: {note}')
     self._check_mixed()
 
   def _check_mixed(self) -> None:

@@ -211,6 +211,19 @@ def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:
   return found, str(place)
 
 
+def check_float_run(field: str, path: str) -> None:
+  """Raises ConfigError where a path is a run of ours that learned its bits."""
+  if not path or not weights.is_run(pathlib.Path(path).expanduser()):
+    return
+  stored, step = find_checkpoint(path, field=field)
+  recipe = stored.metadata(step)['config']['quant']['recipe']
+  if recipe != 'none':
+    raise ConfigError(
+      f'{field}={path!r} is already quantized (recipe {recipe}); give a float '
+      'run, or pack this one with --mode=export --config.export.format=packed'
+    )
+
+
 def _check_same(
   model: Model,
   metadata: dict[str, Any],

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from configs import common, vit_cifar100_finetune
 from qvit_jax import artifacts, models, modes, tree
-from qvit_jax.errors import CheckpointError, ConfigError, QuantError
+from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import (
   calibrate,
@@ -393,8 +393,8 @@ def read(place):
 
 def test_the_table_of_a_run(trained, tmp_path, capsys):
   names = ('fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
-           'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32',
-           'w8a8', 'w10a12', 'w4a4', 'w4a4+bias_correction')  # fmt: skip
+           'int8_weight_only', 'int4_weight_only', 'w8a8', 'w10a12',
+           'w4a4', 'w4a4+bias_correction')  # fmt: skip
   config = ptq_config(trained, *names)
   modes.run('ptq', config, str(tmp_path))
   result = read(tmp_path)
@@ -600,11 +600,27 @@ def test_ptq_of_a_quantized_run_is_refused(tmp_path):
   config.quant.recipe = 'aqt'
   modes.run('train', config, str(tmp_path / 'aqt'))
   config = ptq_config(tmp_path / 'aqt', 'w8a8')
-  with pytest.raises(CheckpointError, match='other bits'):
+  with pytest.raises(ConfigError, match='already quantized .recipe aqt'):
+    modes.run('ptq', config, str(tmp_path / 'out'))
+  config.weights.path, config.checkpoint.path = config.checkpoint.path, ''
+  with pytest.raises(ConfigError, match='weights.path=.*already quantized'):
     modes.run('ptq', config, str(tmp_path / 'out'))
   config.quant.recipe = 'aqt'
   with pytest.raises(ConfigError, match='--config.quant.recipe=none'):
     modes.run('ptq', config, str(tmp_path / 'out'))
+
+
+def test_groups_that_a_layer_cannot_fill_are_refused():
+  row = rows.parse_row('int4_weight_only_g32')
+  with pytest.raises(QuantError, match='attn/query has only 24'):
+    rows.check_groups([row], models.list_sites(rich_config()))
+
+
+def test_groups_that_end_short_are_said():
+  sites = models.list_sites(rich_config(width=48, mlp_dim=64))
+  (line,) = rows.check_groups([rows.parse_row('int4_weight_only_g32')], sites)
+  assert 'groups of 32 do not divide the inputs of' in line
+  assert 'attn/query' in line
 
 
 def test_more_calibration_images_than_there_are_is_refused(trained, tmp_path):

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 
-from qvit_jax.errors import ConfigError
+from qvit_jax.errors import ConfigError, QuantError
+from qvit_jax.ops import Site
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 STEM_ACTS = 8  # bits at least: pixels do not survive fewer
@@ -220,3 +222,28 @@ def _base(base: str, text: str) -> Row:
     f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
     f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
   )
+
+
+def check_groups(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
+  """Returns a line for each row whose groups do not divide some layer.
+
+  Raises:
+    QuantError: A layer has fewer inputs than a group.
+  """
+  layers = {s.path: s.rhs_shape[0] for s in sites if s.is_layer}
+  lines = []
+  for row in rows:
+    for path, size in layers.items():
+      if size < row.group:
+        raise QuantError(
+          f'row {row.name!r} shares scales among {row.group} inputs, but '
+          f'{path} has only {size}; take smaller groups or int4_weight_only'
+        )
+    cut = [n for n, size in layers.items() if row.group and size % row.group]
+    if cut:
+      lines.append(
+        f'{row.name}: groups of {row.group} do not divide the inputs of '
+        f'{", ".join(cut[:3])}{" ..." if len(cut) > 3 else ""}; the last group '
+        'there is shorter'
+      )
+  return lines
