@@ -1,0 +1,30 @@
+"""ViT-L/16 at 224 px on CIFAR-100, W4A4 by Q-ViT from a float teacher.
+
+  python main.py --config=configs/vit_l_cifar100_w4a4.py --workdir=runs/l_float \
+      --config.quant.recipe=none
+  python main.py --config=configs/vit_l_cifar100_qvit.py --workdir=runs/l_qvit
+
+Learned steps and zero points (LSQ+), rectified queries and keys (IRM), a clipped
+GELU, and distillation from the float run, of its logits and of its similarity
+maps (DGD). Starts from the float run's weights; patch embedding and classifier
+have 8 bits, as in the paper. Without a teacher:
+  add --config.train.teacher= --config.quant.dgd=0
+"""
+
+from configs import common, vit_l_cifar100_w4a4
+
+
+def get_config():
+  """Returns the config."""
+  config = vit_l_cifar100_w4a4.get_config()
+  config.weights = common.get_config().weights
+  config.weights.path = 'runs/l_float'
+  config.quant.update(
+      recipe='qvit', attention='a4', rules=(('patch_embed|head', 'w8a8'),),
+      dgd=1.0,
+  )  # fmt: skip
+  config.optim.update(lr=1e-4, warmup_epochs=0, weight_decay=0.0)
+  config.train.update(
+    epochs=100, teacher='runs/l_float', distill='hard', distill_weight=0.5
+  )
+  return config
