@@ -1,11 +1,11 @@
 """ViT-L/16 at 224 px on CIFAR-100, W4A4 by Q-ViT from a float teacher.
 
-  python main.py --config=configs/vit_l_cifar100_w4a4.py --workdir=runs/l_float \
-      --config.quant.recipe=none
+  python main.py --config=configs/vit_l_cifar100_w4a4.py \
+      --workdir=runs/l_float --config.quant.recipe=none
   python main.py --config=configs/vit_l_cifar100_qvit.py --workdir=runs/l_qvit
 
-Learned steps and zero points (LSQ+), rectified queries and keys (IRM), a clipped
-GELU, and distillation from the float run, of its logits and of its similarity
+Learned steps and zero points (LSQ+), rectified queries and keys (IRM), clipped
+GELUs, and distillation from the float run, of its logits and of its similarity
 maps (DGD). Starts from the float run's weights; patch embedding and classifier
 have 8 bits, as in the paper. Without a teacher:
   add --config.train.teacher= --config.quant.dgd=0
