@@ -269,9 +269,13 @@ def _backward(product: Product, saved, cotangent):
   dtype = lhs.dtype
   for worth in _worth(product, lhs, rhs, left, right):
     cotangent = cotangent * worth
-  grads = _transposed(
-    product.dims, cotangent.astype(dtype), a.astype(dtype), b.astype(dtype)
+  # In the compute dtype, results too: see `ops.dot_general`.
+  _, pullback = jax.vjp(
+    lambda a, b: jax.lax.dot_general(a, b, product.dims),
+    a.astype(dtype),
+    b.astype(dtype),
   )
+  grads = pullback(cotangent.astype(dtype))
   x_grads, how_grads = [], []
   for x, codes, grad, how, coder in (
     (lhs, a, grads[0], left, product.lhs),
@@ -286,8 +290,8 @@ def _backward(product: Product, saved, cotangent):
 def _operand_grads(x, codes, grad, how, coder: Coder | None):
   """Returns the gradients of (operand, (step, zero)) from that of its codes."""
   if coder is None:
-    return grad, how if how is None else jax.tree.map(jnp.zeros_like, how)
-  x = x.astype(jnp.float32)
+    return grad, None
+  x, grad = x.astype(jnp.float32), grad.astype(jnp.float32)
   inside = _is_inside(x, *(how or (None, None)), coder)
   if coder.method == 'statsq':
     return inside * grad / (statsq_size(x) / 2**coder.bits), None
@@ -306,40 +310,6 @@ def _sum_to(x, shape):
   extra = x.ndim - len(shape)
   axes = [i for i in range(x.ndim) if i < extra or shape[i - extra] == 1]
   return x.sum(axis=tuple(axes), keepdims=True).reshape(shape)
-
-
-def _transposed(dims: DotDims, cotangent, lhs, rhs):
-  """Returns the gradients of both operands of a product, in float32.
-
-  Autodiff would return them in the compute dtype, which XLA's CPU products are
-  slower at, and sums over them lose digits.
-  """
-  ((left,), (right,)), (left_batch, right_batch) = dims
-  own = [
-    [i for i in range(x.ndim) if i != axis and i not in batch]
-    for x, axis, batch in (
-      (lhs, left, left_batch),
-      (rhs, right, right_batch),
-    )
-  ]
-  count = len(left_batch)
-  places = list(range(cotangent.ndim))
-  of_left = places[count : count + len(own[0])]
-  of_right = places[count + len(own[0]) :]
-  batch = tuple(places[:count])
-  found = []
-  for other, kept, other_batch, summed, order in (
-    (rhs, own[1], right_batch, of_right, [*left_batch, *own[0], left]),
-    (lhs, own[0], left_batch, of_left, [*right_batch, *own[1], right]),
-  ):
-    grad = jax.lax.dot_general(
-      cotangent,
-      other,
-      ((tuple(summed), tuple(kept)), (batch, tuple(other_batch))),
-      preferred_element_type=jnp.float32,
-    )
-    found.append(grad.transpose([order.index(i) for i in range(len(order))]))
-  return found
 
 
 coded_product.defvjp(_forward, _backward)
