@@ -225,6 +225,12 @@ def get_config():
       rounds=7,  # Timed passes of each row beside float; >= 2.
       # Workdirs of quantization-aware training, shown beside the rows.
       qat_runs=(),
+      # Bits wXaY to train at from the same float parameters, for the curve of
+      # accuracy against bits; attention products aY too. Sections optim and
+      # train, quant.rules and what belongs to the recipe count then.
+      qat_specs=(),
+      qat_recipe='lsq',  # 'aqt' | 'lsq' | 'statsq' | 'qvit'
+      qat_seeds=1,  # Runs at each of them: seed, seed + 1, ...; >= 1.
     )
   )  # fmt: skip
 

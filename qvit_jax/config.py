@@ -3,6 +3,7 @@
 Checks that need a model, a mesh or data sit where those are built.
 """
 
+import copy
 import difflib
 import json
 import math
@@ -157,6 +158,12 @@ LEGAL: dict[str, _Check] = {
     lambda v: v == () or _strings()[0](v) and not isinstance(v, str),
     'a tuple of workdirs',
   ),
+  'ptq.qat_specs': (
+    lambda v: v == () or _strings()[0](v) and not isinstance(v, str),
+    "a tuple of specs such as ('w8a8', 'w4a4')",
+  ),
+  'ptq.qat_recipe': _one_of('aqt', 'lsq', 'statsq', 'qvit'),
+  'ptq.qat_seeds': _ONE_UP,
   'checkpoint.path': _ANY,
   'checkpoint.every': _ZERO_UP,
   'export.format': _one_of('safetensors', 'npz', 'packed'),
@@ -274,6 +281,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'no row of ptq.rows is static; add int8_static',
     ),
     (
+        ('ptq.qat_recipe', 'ptq.qat_seeds'),
+        lambda c: c.ptq.qat_specs,
+        'ptq.qat_specs is empty; set --config.ptq.qat_specs="(\'w4a4\',)"',
+    ),
+    (
         ('weights.required',),
         lambda c: c.weights.path,
         'weights.path is empty; set --config.weights.path=',
@@ -318,6 +330,9 @@ UNUSED = {
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
                'ptq'),
 }  # fmt: skip
+
+# The same of --mode=ptq where it trains: the curve sets these two itself.
+_UNUSED_TRAINING = ('export', 'quant.default', 'quant.attention')
 
 
 def flatten(config) -> dict[str, Any]:
@@ -387,10 +402,13 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     )
   if mode in ('train', 'benchmark'):
     _check_teacher(config)
-  overrides = list(overrides)
+  overrides, unused, read = list(overrides), UNUSED[mode], config
+  if mode == 'ptq' and config.ptq.qat_specs:
+    unused, read = _UNUSED_TRAINING, copy.deepcopy(config)
+    read.quant.recipe = config.ptq.qat_recipe
   for fields, counts, hint in _NEEDS:
     for name in fields:
-      if name in overrides and not counts(config):
+      if name in overrides and not counts(read):
         raise ConfigError(
           f'{name}={flat[name]!r} would have no effect: {hint}, or leave '
           f'{name} out'
@@ -398,7 +416,7 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
   return [
     f'--config.{name} has no effect in --mode={mode}'
     for name in overrides
-    if name.split('.')[0] in UNUSED[mode]
+    if name in unused or name.split('.')[0] in unused
   ]
 
 

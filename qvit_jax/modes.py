@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from qvit_jax import (
   artifacts,
   benchmarks,
+  curve,
   files,
   models,
   packing,
@@ -28,6 +30,7 @@ from qvit_jax import (
 from qvit_jax import config as config_lib
 from qvit_jax import sensitivity as sensitivity_lib
 from qvit_jax import teacher as teacher_lib
+from qvit_jax.data import Data
 from qvit_jax.errors import ConfigError, DivergedError, ExportError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
@@ -118,10 +121,16 @@ def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
   say(f'workdir   {workdir}')
 
 
-def train(config: Any, workdir: str) -> None:
-  """Trains, evaluates and saves; goes on where the workdir stopped."""
+def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
+  """Trains, evaluates and saves; goes on where the workdir stopped.
+
+  Args:
+    config: A validated config.
+    workdir: Where to write.
+    data: An opened data set; by default the config's is opened.
+  """
   with _opened(workdir) as place:
-    experiment = Experiment(config, training=True)
+    experiment = Experiment(config, training=True, data=data)
     _header('train', experiment, place)
     say(f'schedule  {experiment.schedule_line()}')
     if config.train.stages:
@@ -321,13 +330,29 @@ def _float_params(
 
 
 def ptq(config: Any, workdir: str) -> None:
-  """Quantizes a trained float model in every way of `ptq.rows`."""
+  """Quantizes a trained float model in every way of `ptq.rows`.
+
+  And trains it further at the bits of `ptq.qat_specs`, for the curve.
+  """
   _check_float('ptq', config)
+  runs = curve.plan(config)
+  config = copy.deepcopy(config)  # what it resolves is of the float model
   with _opened(workdir) as place:
     experiment = Experiment(config, training=True)
     _header('ptq', experiment, place)
+    if runs:
+      say(
+        f'qat       {len(runs)} runs: {", ".join(config.ptq.qat_specs)}, '
+        f'{config.ptq.qat_seeds} seed(s) each, recipe {config.ptq.qat_recipe}, '
+        f'{experiment.schedule_line()}'
+      )
     params = _float_params(experiment, place)
-    rows = ptq_table.Table(experiment, params, place, say).run()
+    table = ptq_table.Table(experiment, params, place, say)
+    table.curve = curve.measure(
+        runs, config, params=params, place=place, say=say,
+        train=functools.partial(train, data=experiment.data),
+    ) + curve.given(config.ptq.qat_runs)  # fmt: skip
+    rows = table.run()
     say(f'{len(rows)} rows; results in {place / "results.json"}')
 
 

@@ -76,6 +76,8 @@ class Table:
       findings.qat_row(path, config.model.num_classes)
       for path in config.ptq.qat_runs
     ]
+    # Points of accuracy against bits by training, of whoever measured them.
+    self.curve: list[dict[str, Any]] = []
     self.calibration = Calibration(
       experiment, place, say, hessians=any(r.needs_hessians for r in self.rows)
     )
@@ -165,7 +167,8 @@ class Table:
   def _row_digest(self) -> str:
     """Returns the digest of everything that a row's numbers depend on."""
     config = config_lib.to_json(self.config)
-    for field in ('rows', 'qat_runs'):  # more rows may be asked for later
+    # More of them may be asked for later.
+    for field in ('rows', 'qat_runs', 'qat_specs', 'qat_recipe', 'qat_seeds'):
       config['ptq'].pop(field)
     return report.config_digest(config)
 
@@ -182,6 +185,7 @@ class Table:
       'data': self.experiment.data.description,
       'class_names': list(self.experiment.data.class_names),
       'qat': self.qat,
+      'curve': self.curve,
       'histograms': findings.histograms(
         self.config,
         self.rows,

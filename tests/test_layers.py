@@ -27,6 +27,7 @@ ROWS = {
   'calibration': 9,
   'sensitivity': 10,
   'findings': 10,
+  'curve': 10,
   'ptq_table': 11,
   'restore': 9,
   'benchmarks': 9,

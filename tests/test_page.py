@@ -102,12 +102,18 @@ def make_results():
       {'path': path, 'kind': 'dense', 'sqnr_db': 3.5 + i, 'agreement': 0.9}
       for i, path in enumerate(SITES)
   ]  # fmt: skip
+  curve = [
+      {'name': f'w3a3_seed{seed}', 'spec': 'w3a3', 'recipe': 'lsq',
+       'seed': seed, 'settings': 'ab', 'top1_last': 0.9 + 0.02 * seed}
+      for seed in range(3)
+  ]  # fmt: skip
   return {
     'environment': {'python': '3.11', 'platform': 'cpu', 'device': 'cpu',
                     'num_devices': 1, 'packages': {'jax': '0.10.2'}},
     'config_digest': 'c0ffee', 'weights_digest': 'beef', 'model': 'vit S/4',
     'data': {'name': 'digits', 'split': 'test'}, 'baseline': baseline,
     'rows': rows, 'qat': [make_row('run w3a3', 3, 3, 0.975)],
+    'curve': curve,
     'histograms': [histogram], 'sensitivity': {'spec': 'w4a4', 'sites': sites},
   }  # fmt: skip
 
@@ -214,11 +220,11 @@ def test_the_page_loads_nothing(text):
 
 def test_every_figure_is_on_the_page_and_a_png(report, text):
   names = {figure.__name__ for figure in page.FIGURES}
-  assert len(names) == 9
+  assert len(names) == 10
   assert {p.name for p in (report / 'figures').iterdir()} == {
     f'{name}.png' for name in names
   }
-  assert text.count('<svg') == text.count('<figcaption>') == 9
+  assert text.count('<svg') == text.count('<figcaption>') == 10
   for path in (report / 'figures').iterdir():
     with PIL.Image.open(path) as image:
       image.load()

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 # Okabe and Ito's palette without its yellow, which vanishes on white.
 _BLUE, _ORANGE, _GREEN, _RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
-_PALETTE = (_BLUE, _RED, _GREEN, _ORANGE, '#56B4E9', '#CC79A7', '#000000')
+PALETTE = (_BLUE, _RED, _GREEN, _ORANGE, '#56B4E9', '#CC79A7', '#000000')
 _MARKERS = 'osD^vPX*<>h'
 _DASHES = ('-', '--', ':', '-.')
 _LOOKS = {
@@ -91,7 +91,7 @@ def accuracy_vs_bits(points, base: float | None) -> Figure:
     if own:
       # Beside each other, so that equal accuracies do not hide a marker.
       shift = 2 ** (0.22 * (index + 0.5 - len(groups) / 2) / len(groups))
-      color = _PALETTE[index % len(_PALETTE)]
+      color = PALETTE[index % len(PALETTE)]
       axes.scatter(
           [x * shift for x, _ in own], [y for _, y in own], zorder=3,
           marker=_MARKERS[index % len(_MARKERS)], s=70 if trained else 36,
@@ -104,12 +104,12 @@ def accuracy_vs_bits(points, base: float | None) -> Figure:
   axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
   axes.set_xticks([], minor=True)
   axes.set_xlabel('weight bits (mean where sites differ; log scale)')
-  _accuracy_axis(axes, [p[2] for p in points], base)
+  accuracy_axis(axes, [p[2] for p in points], base)
   figure.legend(loc='outside right upper')
   return figure
 
 
-def _accuracy_axis(axes, tops: list[float], base: float | None) -> None:
+def accuracy_axis(axes, tops: list[float], base: float | None) -> None:
   """Gives accuracies near float most of the height, and the rest a strip."""
   axes.set_ylabel('top-1 accuracy (%)')
   if base is not None:
@@ -171,7 +171,7 @@ def accuracy_vs_size(points, base: float | None) -> Figure:
     major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}'
   )
   axes.xaxis.minorticks_off()
-  _accuracy_axis(axes, [p[2] for p in points], base)
+  accuracy_axis(axes, [p[2] for p in points], base)
   _name_points(axes, points, 0.91 * 9, 0.15 / high)
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=5)
   return figure
@@ -347,7 +347,7 @@ def activation_histograms(histograms) -> Figure:
         level = 0.98 - 0.05 * place
         axes.plot(
             (low, low, high, high), (0, level, level, 0), linewidth=1.2,
-            color=_PALETTE[place % len(_PALETTE)], linestyle=_DASHES[place % 4],
+            color=PALETTE[place % len(PALETTE)], linestyle=_DASHES[place % 4],
             transform=axes.get_xaxis_transform(), label=name,
         )  # fmt: skip
     axes.yaxis.set_major_formatter('{x:g}')
@@ -366,8 +366,8 @@ def site_sqnr(paths: Sequence[str], lines) -> Figure:
   axes = figure.subplots()
   for index, (name, values) in enumerate(lines):
     axes.plot(
-        values, _DASHES[index // len(_PALETTE) % 4], label=name, linewidth=1,
-        marker=_MARKERS[index], markersize=3.5, color=_PALETTE[index % 7],
+        values, _DASHES[index // len(PALETTE) % 4], label=name, linewidth=1,
+        marker=_MARKERS[index], markersize=3.5, color=PALETTE[index % 7],
     )  # fmt: skip
   every = math.ceil(len(paths) / 80)
   axes.set_xticks(
@@ -395,8 +395,8 @@ def sensitivity(sites, spec: str) -> Figure:
                       'same prediction as float (%)'), strict=True,
   ):  # fmt: skip
     for y, site in enumerate(sites):
-      place = kinds.index(site[1]) % len(_PALETTE)
-      look = {'color': _PALETTE[place], 'label': site[1]}
+      place = kinds.index(site[1]) % len(PALETTE)
+      look = {'color': PALETTE[place], 'label': site[1]}
       if column == 2:
         axes.barh(y, site[2], **look)
       else:

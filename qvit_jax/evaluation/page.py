@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from qvit_jax import files
-from qvit_jax.evaluation import figures
+from qvit_jax.evaluation import curves, figures
 
 _NONE = '-'  # what was not measured
 # More than these cannot be told apart in a figure.
@@ -90,6 +90,8 @@ def _html(results: dict[str, Any], drawn: dict[str, str]) -> str:
     ptq=ptq_rows(results),
     rows=all_rows(results),
     figures=drawn,
+    curve=curves.table(results),
+    curve_heads=curves.HEADS,
     tables=_tables(results),
   )
 
@@ -323,6 +325,7 @@ def _sensitivity_data(results):
 
 # In the order of the page; the function's name is the stem of the PNG.
 FIGURES: dict[Callable[..., Any], Callable[[dict[str, Any]], tuple]] = {
+  curves.accuracy_curve: curves.data,
   figures.accuracy_vs_bits: _bits_data,
   figures.accuracy_vs_size: _accuracy_data,
   figures.latency: _latency_data,
