@@ -74,6 +74,11 @@ def get_config():
       # lsq, statsq: activations learn a zero point (LSQ+); False: their codes
       # are signed where the first batch has negative values (LSQ).
       zero_point=True,
+      # lsq, statsq, qvit: a folder `calibration` that --mode=ptq of the same
+      # float model wrote: the steps of activations start from its statistics,
+      # by ptq.range; ptq.scales there was quant.steps here, so 'per_tensor' or
+      # 'per_position'. '' = from the first images.
+      calibration_path='',
       # qvit: 'paper' (statistics of a head) | 'layernorm' (of each token)
       irm='paper',
       # Weight of the distance between the student's and the teacher's
@@ -207,8 +212,8 @@ def get_config():
       # A folder `calibration` that an earlier run of the same weights wrote;
       # '' = the workdir's own.
       calibration_path='',
-      # Of static activations: 'minmax' | 'moving_average' | 'percentile' |
-      # 'mse' | 'entropy'
+      # Of static activations, and of a start from quant.calibration_path:
+      # 'minmax' | 'moving_average' | 'percentile' | 'mse' | 'entropy'
       range='mse',
       # Static scales: 'per_tensor' | 'per_position' (each token position; each
       # head of attention products; each channel of values)

@@ -83,6 +83,7 @@ LEGAL: dict[str, _Check] = {
   'quant.zero_point': _BOOL,
   'quant.irm': _one_of('paper', 'layernorm'),
   'quant.dgd': _ZERO_UP,
+  'quant.calibration_path': _ANY,
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
@@ -192,7 +193,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'only aqt finds scales anew; set --config.quant.recipe=aqt',
     ),
     (
-        ('quant.steps', 'optim.quant_lr'),
+        ('quant.steps', 'quant.calibration_path', 'optim.quant_lr'),
         lambda c: c.quant.recipe in ('lsq', 'statsq', 'qvit'),
         'no step is learned; set --config.quant.recipe=lsq',
     ),
@@ -260,7 +261,10 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ('ptq.range',),
-        lambda c: any('static' in row for row in c.ptq.rows),
+        lambda c: (
+            c.quant.calibration_path
+            or any('static' in row for row in c.ptq.rows)
+        ),
         'no row of ptq.rows is static; add int8_static',
     ),
     (
@@ -385,6 +389,12 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
       f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
     )
+  if config.quant.calibration_path and config.quant.steps == 'per_head':
+    raise ConfigError(
+      f'quant.calibration_path={config.quant.calibration_path!r} holds no '
+      "statistics of each head, which quant.steps='per_head' wants; set "
+      '--config.quant.steps=per_tensor or per_position, or leave the path out'
+    )
   if mode in ('train', 'benchmark'):
     _check_teacher(config)
   overrides = list(overrides)
@@ -399,6 +409,9 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     f'--config.{name} has no effect in --mode={mode}'
     for name in overrides
     if name.split('.')[0] in UNUSED[mode]
+    # The one field of its section that a start from calibration reads.
+    and (mode, name, bool(config.quant.calibration_path))
+    != ('train', 'ptq.range', True)
   ]
 
 
