@@ -84,6 +84,8 @@ LEGAL: dict[str, _Check] = {
   'quant.irm': _one_of('paper', 'layernorm'),
   'quant.dgd': _ZERO_UP,
   'quant.calibration_path': _ANY,
+  'quant.freeze': _number(0, 0.5, open_low=True),
+  'quant.dampen': _ZERO_UP,
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
@@ -201,6 +203,17 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ('quant.zero_point',),
         lambda c: c.quant.recipe in ('lsq', 'statsq'),
         'qvit always has zero points; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.freeze',),
+        lambda c: 'freeze' in str(c.train.stages),
+        "no stage is named 'freeze'; set --config.train.stages="
+        "\"('all:0.9', 'freeze:0.1')\"",
+    ),
+    (
+        ('quant.dampen',),
+        lambda c: c.quant.recipe in ('lsq', 'qvit'),
+        'no kernel has a learned step; set --config.quant.recipe=lsq',
     ),
     (
         ('quant.irm',),
