@@ -74,6 +74,17 @@ def get_config():
       # lsq, statsq: activations learn a zero point (LSQ+); False: their codes
       # are signed where the first batch has negative values (LSQ).
       zero_point=True,
+      # lsq, statsq, qvit: a folder `calibration` that --mode=ptq of the same
+      # float model wrote: the steps of activations start from its statistics,
+      # by ptq.range; ptq.scales there was quant.steps here, so 'per_tensor' or
+      # 'per_position'. '' = from the first images.
+      calibration_path='',
+      # statsq, in the stage 'freeze' of train.stages: how near a rounding
+      # boundary a weight must be to be trained, in steps of the grid; (0, 0.5).
+      freeze=0.005,
+      # lsq, qvit: weight of the squared distance between kernels and their
+      # levels, summed over all kernels; 0 = off; >= 0.
+      dampen=0.0,
       # qvit: 'paper' (statistics of a head) | 'layernorm' (of each token)
       irm='paper',
       # Weight of the distance between the student's and the teacher's
@@ -160,7 +171,9 @@ def get_config():
       # Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1:
       # 'all' (bits as planned, all is trained) | 'acts' (kernels in float) |
       # 'weights' (activations in float) | 'norms' (only norms, biases,
-      # LayerScale and collections besides params are trained). () = 'all'.
+      # LayerScale and collections besides params are trained) | 'freeze'
+      # (statsq: weights far from a rounding boundary are held; see
+      # quant.freeze). () = 'all'.
       stages=(),
       # A model to learn from: the workdir of a run of ours, of any size and
       # bits, or what weights.path takes; '' = none.
@@ -207,8 +220,8 @@ def get_config():
       # A folder `calibration` that an earlier run of the same weights wrote;
       # '' = the workdir's own.
       calibration_path='',
-      # Of static activations: 'minmax' | 'moving_average' | 'percentile' |
-      # 'mse' | 'entropy'
+      # Of static activations, and of a start from quant.calibration_path:
+      # 'minmax' | 'moving_average' | 'percentile' | 'mse' | 'entropy'
       range='mse',
       # Static scales: 'per_tensor' | 'per_position' (each token position; each
       # head of attention products; each channel of values)

@@ -22,6 +22,7 @@ from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.experiment import Experiment
 from qvit_jax.ops import Ops
 from qvit_jax.quantization import calibrate
+from qvit_jax.quantization.learned_start import calibrated_steps
 
 _BATCH = 32
 _KEY = 'qvit_jax_calibration'
@@ -202,13 +203,73 @@ class Calibration:
 
   def _read(self, path: pathlib.Path, facts: dict[str, Any]):
     """Returns the statistics of a file, or None if they are of other facts."""
-    try:
-      there = json.loads(weights.read_metadata(path)[_KEY])
-    except (KeyError, ValueError):
-      return None
-    if not facts['hessians']:  # more than is wanted does no harm
-      there['hessians'] = False
-    if there != facts:
-      return None
-    entries = weights.open_source(path).entries
-    return calibrate.from_arrays({n: e.read() for n, e in entries.items()})
+    there = _read_facts(path)
+    if there is not None and not facts['hessians']:
+      there['hessians'] = False  # more than is wanted does no harm
+    return _read_stats(path) if there == facts else None
+
+
+def _read_facts(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what a file says its statistics are of; None if it says nothing."""
+  try:
+    return json.loads(weights.read_metadata(path)[_KEY])
+  except (KeyError, ValueError):
+    return None
+
+
+def _read_stats(path: pathlib.Path) -> dict[str, calibrate.SiteStats]:
+  entries = weights.open_source(path).entries
+  return calibrate.from_arrays({n: e.read() for n, e in entries.items()})
+
+
+def learned_start(
+  experiment: Experiment, params: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], str]:
+  """Returns the steps of `quant.calibration_path`, and a line about them.
+
+  Args:
+    experiment: Of a recipe with learned steps.
+    params: The parameters that the run starts from, by path.
+
+  Returns:
+    {'quant/SITE/lhs_step': array} in the shapes of the model's variables, with
+    all steps and zero points of activations.
+
+  Raises:
+    QuantError: There is no such file, or it is of another model or of scales
+      that quant.steps cannot start from.
+  """
+  config, model = experiment.config, experiment.model
+  folder, steps = config.quant.calibration_path, config.quant.steps
+  path = pathlib.Path(folder).expanduser() / 'plain.safetensors'
+  facts = _read_facts(path) if path.is_file() else None
+  if facts is None:
+    raise QuantError(
+      f'quant.calibration_path={folder!r}: {path} is no calibration file; give '
+      'the folder `calibration` of a --mode=ptq run of the same float model, '
+      'or leave the path out'
+    )
+  here = json.loads(json.dumps(models.architecture(config)))
+  reasons = {
+    'format': (_FORMAT, 'has another format'),
+    'architecture': (here, 'is of another architecture'),
+    'weights': (digest(params), 'is of other weights'),
+    'scales': (steps, f'holds statistics {facts.get("scales")}, not {steps}'),
+  }
+  for name, (wanted, wrong) in reasons.items():
+    if facts.get(name) != wanted:
+      raise QuantError(
+        f'quant.calibration_path={folder!r}: {path} {wrong}; run --mode=ptq on '
+        f'the float model that this run starts from, with --config.ptq.scales='
+        f'{steps}, or leave the path out'
+      )
+  found = calibrated_steps(model.ops.core, _read_stats(path), config.ptq.range)
+  shapes = tree.flatten({'quant': model.shapes['quant']})
+  started = {
+    f'quant/{name}': np.asarray(x).reshape(shapes[f'quant/{name}'].shape)
+    for name, x in found.items()
+  }
+  return started, (
+    f'steps of activations from {path} ({facts["examples"]} images, range '
+    f'{config.ptq.range})'
+  )

@@ -84,6 +84,9 @@ LEGAL: dict[str, _Check] = {
   'quant.zero_point': _BOOL,
   'quant.irm': _one_of('paper', 'layernorm'),
   'quant.dgd': _ZERO_UP,
+  'quant.calibration_path': _ANY,
+  'quant.freeze': _number(0, 0.5, open_low=True),
+  'quant.dampen': _ZERO_UP,
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
@@ -199,7 +202,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'only aqt finds scales anew; set --config.quant.recipe=aqt',
     ),
     (
-        ('quant.steps', 'optim.quant_lr'),
+        ('quant.steps', 'quant.calibration_path', 'optim.quant_lr'),
         lambda c: c.quant.recipe in ('lsq', 'statsq', 'qvit'),
         'no step is learned; set --config.quant.recipe=lsq',
     ),
@@ -207,6 +210,17 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ('quant.zero_point',),
         lambda c: c.quant.recipe in ('lsq', 'statsq'),
         'qvit always has zero points; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.freeze',),
+        lambda c: 'freeze' in str(c.train.stages),
+        "no stage is named 'freeze'; set --config.train.stages="
+        "\"('all:0.9', 'freeze:0.1')\"",
+    ),
+    (
+        ('quant.dampen',),
+        lambda c: c.quant.recipe in ('lsq', 'qvit'),
+        'no kernel has a learned step; set --config.quant.recipe=lsq',
     ),
     (
         ('quant.irm',),
@@ -267,7 +281,10 @@ _NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ('ptq.range',),
-        lambda c: any('static' in row for row in c.ptq.rows),
+        lambda c: (
+            c.quant.calibration_path
+            or any('static' in row for row in c.ptq.rows)
+        ),
         'no row of ptq.rows is static; add int8_static',
     ),
     (
@@ -400,6 +417,12 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
       f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
     )
+  if config.quant.calibration_path and config.quant.steps == 'per_head':
+    raise ConfigError(
+      f'quant.calibration_path={config.quant.calibration_path!r} holds no '
+      "statistics of each head, which quant.steps='per_head' wants; set "
+      '--config.quant.steps=per_tensor or per_position, or leave the path out'
+    )
   if mode in ('train', 'benchmark'):
     _check_teacher(config)
   overrides, unused, read = list(overrides), UNUSED[mode], config
@@ -416,7 +439,10 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
   return [
     f'--config.{name} has no effect in --mode={mode}'
     for name in overrides
-    if name in unused or name.split('.')[0] in unused
+    if (name in unused or name.split('.')[0] in unused)
+    # The one field of its section that a start from calibration reads.
+    and (mode, name, bool(config.quant.calibration_path))
+    != ('train', 'ptq.range', True)
   ]
 
 

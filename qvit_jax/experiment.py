@@ -11,11 +11,18 @@ from jax.sharding import NamedSharding
 from qvit_jax import config as config_lib
 from qvit_jax import models, tree
 from qvit_jax.data import Data, find_data, open_data, preprocess
+from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.ops import Ops
-from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
+from qvit_jax.quantization import (
+  RECIPES,
+  QuantPlan,
+  build_ops,
+  build_plan,
+  oscillation,
+)
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training import stages as stages_lib
@@ -83,6 +90,11 @@ class Model:
     )
 
   @property
+  def kernels(self) -> str:
+    """How kernels are rounded under learned steps: 'step', 'statsq' or ''."""
+    return getattr(self.ops.core, 'kernels', '')
+
+  @property
   def bits(self) -> str:
     """One line: recipe, bits, and what stays in float."""
     quant, plan = self.config.quant, self.plan
@@ -94,12 +106,14 @@ class Model:
       key = f'{kind} {spec}'
       counts[key] = counts.get(key, 0) + 1
     listed = ', '.join(f'{n} {key}' for key, n in counts.items())
-    backward = ''
+    more = ''
     if quant.recipe == 'aqt' and quant.backward_bits:
-      backward = f', backward products {quant.backward_bits} bit, stochastic'
+      more = f', backward products {quant.backward_bits} bit, stochastic'
+    if self.kernels == 'step' and quant.dampen:
+      more = f', kernels dampened by {quant.dampen:g}'
     return (
       f'{listed} (recipe {quant.recipe}, activations '
-      f'{plan.act_granularity}{backward})'
+      f'{plan.act_granularity}{more})'
     )
 
   def size_bytes(self) -> int:
@@ -212,6 +226,13 @@ class Experiment:
     """The stages of the training; a bad list raises ConfigError."""
     stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
     stages_lib.check(stages, self._trained, self.model.plan.specs)
+    freezes = [s for s in stages if stages_lib.KINDS[s.name].freezes]
+    if freezes and self.model.kernels != 'statsq':
+      raise ConfigError(
+        f"train.stages[{freezes[0].place[0] - 1}]='freeze' holds kernels of "
+        f'recipe statsq, but quant.recipe is {self.config.quant.recipe!r}; set '
+        '--config.quant.recipe=statsq or leave the stage out'
+      )
     return stages
 
   def precision_lines(self) -> list[str]:
@@ -315,9 +336,24 @@ class Experiment:
     if teacher:
       apply = teacher.tapped(self.config, module.ops)
     frozen = stages_lib.frozen(stage, self._trained)
+    apply = stages_lib.stop_gradients(apply, frozen)
+    tx, penalty = stages_lib.hold(self.tx, frozen), None
+    if stages_lib.KINDS[stage].freezes:
+      movable = functools.partial(
+        oscillation.movable_weights, module.ops.core.plan,
+        reach=self.config.quant.freeze,
+      )  # fmt: skip
+      apply = stages_lib.stop_elements(apply, movable)
+      tx = stages_lib.hold_elements(tx, movable)
+    if self._dampens:
+      damped = functools.partial(
+        oscillation.total_dampening, module.ops.core.plan
+      )
+      damped = stages_lib.stop_gradients(damped, frozen)
+      penalty = self.config.quant.dampen, damped
     return make_train_step(
-      apply=stages_lib.stop_gradients(apply, frozen),
-      tx=stages_lib.hold(self.tx, frozen),
+      apply=apply,
+      tx=tx,
       gather=preprocess.gather,
       prepare=functools.partial(
         preprocess.prepare_train,
@@ -329,12 +365,20 @@ class Experiment:
       train=self.config.train,
       seed=self.config.seed,
       teacher=teacher,
+      penalty=penalty,
     )
+
+  @property
+  def _dampens(self) -> bool:
+    """Whether kernels with learned steps are drawn to their levels."""
+    is_on = self.config.quant.dampen > 0
+    return is_on and self.model.kernels == 'step'
 
   @property
   def tick(self) -> tuple[str, ...]:
     """Names of the numbers that a step reports."""
-    return TICK + (self.teacher.names if self.teacher else ())
+    names = TICK + (self.teacher.names if self.teacher else ())
+    return names + (('dampen_loss',) if self._dampens else ())
 
   @property
   def given(self) -> Any:

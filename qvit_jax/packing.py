@@ -1,4 +1,4 @@
-"""What `--mode=export` writes of a run that learned its bits. Row 10."""
+"""What `--mode=export` writes of a run that learned its bits. Row 11."""
 
 import pathlib
 from collections.abc import Callable

@@ -1,14 +1,16 @@
-"""Where a run's first arrays come from: checkpoints, old and new. Row 8."""
+"""Where a run's first arrays come from: checkpoints, old and new. Row 10."""
 
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
-from qvit_jax import artifacts, files, models, tree, weights
+from qvit_jax import artifacts, calibration, files, models, tree, weights
 from qvit_jax import config as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment, Model
+from qvit_jax.quantization.learned_core import LearnedCore
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import checkpoint
 from qvit_jax.training.loop import Progress
@@ -33,6 +35,7 @@ def initial_state(
   Raises:
     CheckpointError: The checkpoint is damaged or of another model.
     WeightsError: `weights.path` does not fit the model.
+    QuantError: `quant.calibration_path` is of another model.
   """
   config = experiment.config
   latest = own.latest()
@@ -56,8 +59,25 @@ def initial_state(
         f'NOT PRETRAINED: {error}',
         'starting from random weights, because weights.required is False',
       ]
-  state = experiment.fresh_state(jax.random.key(config.seed), imported)
-  return state, Progress(), lines
+  state, more = _fresh_state(experiment, imported)
+  return state, Progress(), lines + more
+
+
+def _fresh_state(
+  experiment: Experiment, imported: dict[str, Any]
+) -> tuple[TrainState, list[str]]:
+  """Returns a state with some parameters given, and lines about its steps."""
+  config, key = experiment.config, jax.random.key(experiment.config.seed)
+  is_learned = isinstance(experiment.model.ops.core, LearnedCore)
+  if not (config.quant.calibration_path and is_learned):
+    return experiment.fresh_state(key, imported), []
+  variables = experiment.fresh_variables(key, imported)
+  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+  params = tree.flatten(whole(variables['params']))
+  params = {name: np.asarray(x) for name, x in params.items()}
+  steps, line = calibration.learned_start(experiment, params)
+  flat = tree.flatten(variables) | steps
+  return experiment.state_of(tree.unflatten(flat, variables)), [line]
 
 
 def _start_from(
@@ -69,6 +89,13 @@ def _start_from(
   if _learned(metadata['arrays']) == _learned(
     {'variables': tree.flatten(experiment.model.shapes)}
   ) and _is_same_recipe(experiment.model, metadata):
+    given = experiment.config.quant.calibration_path
+    if given and experiment.model.shapes.keys() != {'params'}:
+      raise ConfigError(
+        f'quant.calibration_path={given!r} would have no effect: '
+        f'checkpoint.path={path!r} brings learned steps; leave it out, or '
+        'start from a float run'
+      )
     variables, origin = restore_variables(experiment, path, same_plan=False)
     return (
       experiment.state_of(variables),
@@ -82,11 +109,10 @@ def _start_from(
   shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
   restored = stored.restore(step, {item: shapes})[item]
   params = tree.flatten({'params': restored['params']})
-  key = jax.random.key(experiment.config.seed)
-  lines = [
-    f'starting from the parameters of step {step} of {stored.directory.parent}'
-  ]
-  return experiment.fresh_state(key, params), Progress(), lines
+  state, more = _fresh_state(experiment, params)
+  origin = stored.directory.parent
+  lines = [f'starting from the parameters of step {step} of {origin}']
+  return state, Progress(), lines + more
 
 
 def _learned(arrays: dict[str, Any]) -> set[str]:

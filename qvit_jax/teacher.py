@@ -1,4 +1,4 @@
-"""The model that a student learns from: loaded, placed, asked. Row 10."""
+"""The model that a student learns from: loaded, placed, asked. Row 11."""
 
 import copy
 import dataclasses

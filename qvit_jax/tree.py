@@ -71,6 +71,18 @@ def all_finite(tree: PyTree) -> jax.Array:
   return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
+def not_finite(tree: PyTree) -> list[str]:
+  """Returns the paths of float leaves with an infinity or NaN, in order.
+
+  Asks leaf by leaf; `all_finite` is the quick question.
+  """
+  return [
+    path
+    for path, x in flatten(tree).items()
+    if jnp.issubdtype(x.dtype, jnp.floating) and not jnp.isfinite(x).all()
+  ]
+
+
 def describe(leaf) -> str:
   """Returns 'float32[16, 8]' for an array or a ShapeDtypeStruct."""
   return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'

@@ -207,6 +207,28 @@ def statsq(w, bits):
   return s * (np.round(c * n - 0.5) + 0.5) / n, (np.abs(w / s) <= 1) * 1.0
 
 
+def near_boundary(w, bits, reach):
+  """Which weights OFQ's annealing trains (same paper), one after the other."""
+  w = np.asarray(w, np.float64)
+  n, found = 2 ** (bits - 1), np.zeros(w.shape, bool)
+  for i, o in np.ndindex(w.shape):
+    s = 2 * np.abs(w[:, o]).mean()
+    u = np.clip(w[i, o] / s, -1, 1 - 1e-6) * n - 0.5
+    found[i, o] = min(abs(u - k - 0.5) for k in range(-n - 1, n)) <= reach
+  return found
+
+
+# Nagel et al. 2022, arXiv:2203.11086, section 4.1.
+
+
+def dampening(w, step, bits, of=None):
+  """Returns |w^ - clip(w)|^2 where w^ is that of the weights `of`."""
+  w, most = np.asarray(w, np.float64), 2 ** (bits - 1)
+  of = w if of is None else np.asarray(of, np.float64)
+  level = step * np.round(np.clip(of / step, -most, most - 1))
+  return ((level - np.clip(w, -most * step, (most - 1) * step)) ** 2).sum()
+
+
 def rectify(x, gamma, beta):
   """Returns Q-ViT's rectified queries [b, n, k, dim]; gamma, beta [k, 1]."""
   out = np.empty_like(x)

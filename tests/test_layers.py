@@ -29,10 +29,10 @@ ROWS = {
   'findings': 10,
   'curve': 10,
   'ptq_table': 11,
-  'restore': 9,
+  'restore': 10,
   'benchmarks': 9,
-  'packing': 10,
-  'teacher': 10,
+  'packing': 11,
+  'teacher': 11,
   'modes': 12,
 }
 # training does not know which model, recipe or data source it runs.

@@ -220,7 +220,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_state(tmp_path):
   config.train.steps = 12
   with pytest.raises(DivergedError) as error:
     modes.run('train', config, str(tmp_path))
-  assert re.search(r'at step ([7-9]|1[0-2]); ', str(error.value))
+  assert re.search(r'at step ([7-9]|1[0-2])\b', str(error.value))
   assert 'the checkpoint of step 6 is kept' in str(error.value)
   assert end_state(tmp_path) == before
 

@@ -56,7 +56,7 @@ class Stepper:
         self._steps[name], _ = self._experiment.compile_train_step(
           state, *args, stage=name
         )
-      state, tick = self._steps[name](state, *args)
+      state, tick = self._steps[name](state, *args, self._experiment.given)
       seen.append(host(state))
       ticks.append(np.asarray(tick))
     return seen, ticks

@@ -140,11 +140,7 @@ def fit(
     )
     low, high = _search(x, (low, high), coder, axes, of_range)
     return of_range(low, high)
-  first, last = coder.ends
-  zero = jnp.zeros_like(low)
-  if not coder.is_signed:
-    zero = jnp.where(low < -1e-5, 2.0 ** (coder.bits - 1), zero)
-  levels = jnp.where(zero > 0, last // 2, last)
+  zero, levels = fixed_zero(low, coder)
 
   def symmetric(low, high):
     del low
@@ -153,6 +149,22 @@ def fit(
   most = jnp.maximum(-low, high)
   _, most = _search(x, (most, most), coder, axes, symmetric)
   return symmetric(most, most)
+
+
+def fixed_zero(
+  low: Float[Array, '*s'], coder: Coder
+) -> tuple[Float[Array, '*s'], Float[Array, '*s']]:
+  """Returns (zero point, codes above it) where no zero point is learned.
+
+  Args:
+    low: Smallest values; codes are signed where they are negative.
+    coder: Of method 'step'.
+  """
+  _, last = coder.ends
+  zero = jnp.zeros_like(low)
+  if not coder.is_signed:
+    zero = jnp.where(low < -1e-5, 2.0 ** (coder.bits - 1), zero)
+  return zero, jnp.where(zero > 0, 1.0 * (last // 2), last)
 
 
 def _search(x, ends, coder: Coder, axes, of_range):

@@ -221,9 +221,14 @@ class Trainer:
     kept = 'no checkpoint was written yet'
     if latest is not None:
       kept = f'the checkpoint of step {latest} is kept'
+    variables = self.state.variables
+    broken, where = tree.not_finite(variables), ''
+    if broken:
+      count = len(jax.tree.leaves(variables))
+      where = f' (not finite: {broken[0]}, {len(broken)} of {count} arrays)'
     return DivergedError(
-      f'{what} at step {step}; {kept}. Lower optim.lr, lengthen the warm-up '
-      'or set optim.clip_norm'
+      f'{what} at step {step}{where}; {kept}. Lower optim.lr, lengthen the '
+      'warm-up or set optim.clip_norm'
     )
 
   def _log(self, step: int, scaling: dict[str, float]) -> None:

@@ -27,11 +27,13 @@ class Kind:
     operand: 'weights' or 'acts': only these are quantized; '': what the plan
       says.
     trains: Regex of the paths that are updated.
+    freezes: Whether weights far from a rounding boundary are held.
   """
 
   text: str
   operand: str = ''
   trains: str = ''
+  freezes: bool = False
 
 
 KINDS = {
@@ -44,6 +46,11 @@ KINDS = {
   'norms': Kind(
     'kernels and embeddings stay as they are',
     trains=r'^(?!params/)|/(scale[12]?|bias)$',
+  ),
+  # The annealing of OFQ: Liu et al. 2023, arXiv:2302.02210.
+  'freeze': Kind(
+    'weights farther than quant.freeze from a rounding boundary are held',
+    freezes=True,
   ),
 }
 
@@ -200,6 +207,49 @@ def hold(
     still = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
     updates = _mix(still, updates, lambda path: path in paths)
     return updates, _mix(state, after, lambda path: path.endswith(ends))
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+Masks = Callable[[Any], dict[str, jax.Array]]
+
+
+def stop_elements(
+  apply: Callable[..., Any], movable: Masks
+) -> Callable[..., Any]:
+  """Returns `apply` whose first argument gets gradients where it may move.
+
+  Args:
+    apply: (variables, ...) -> anything.
+    movable: variables -> {path: mask of what may move}; other paths may.
+  """
+
+  def stopped(variables, *args, **kwargs):
+    flat = tree.flatten(variables)
+    for path, mask in movable(variables).items():
+      still = jax.lax.stop_gradient(flat[path])
+      flat[path] = jnp.where(mask, flat[path], still)
+    return apply(tree.unflatten(flat, variables), *args, **kwargs)
+
+  return stopped
+
+
+def hold_elements(
+  tx: optax.GradientTransformation, movable: Masks
+) -> optax.GradientTransformation:
+  """Returns `tx` that moves nothing else, by moments or decay neither.
+
+  Args:
+    tx: The optimizer; moments go on with the gradients that it is given.
+    movable: See `stop_elements`; it is asked anew at each update.
+  """
+
+  def update(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    flat = tree.flatten(updates)
+    for path, mask in movable(params).items():
+      flat[path] = jnp.where(mask, flat[path], -0.0)  # see `hold`
+    return tree.unflatten(flat, updates), state
 
   return optax.GradientTransformation(tx.init, update)
 

@@ -10,7 +10,8 @@ import optax
 from qvit_jax.training import loss_scale, losses
 from qvit_jax.training.state import TrainState, split_collections
 
-# Order of the numbers that a step reports; those of a teacher come after them.
+# Order of the numbers that a step reports; those of a teacher and of a penalty
+# come after them.
 TICK = ('loss', 'top1', 'grad_norm')
 # What follows them under loss scaling: the scale of the next update, and
 # whether this one was skipped.
@@ -50,6 +51,7 @@ def make_train_step(
   train: Any,
   seed: int,
   teacher: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]] | None = None,
+  penalty: tuple[float, Callable[[Any], jax.Array]] | None = None,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
   """Returns step(state, source, batch, given) -> (next state, tick).
 
@@ -65,11 +67,13 @@ def make_train_step(
     teacher: Makes (loss, its parts) of (given, images, logits, what was seen,
       loss of the labels). `given` are the teacher's own arrays, an argument of
       the step, so that they are not compiled into it.
+    penalty: (weight, function of the variables) of a term of the loss.
 
   Returns:
     The function; its tick is float32: the mean loss and top-1 of the batch, the
-    norm of the gradient before clipping, the parts of the teacher's loss, and
-    SCALING where the state is one of `loss_scale`.
+    norm of the gradient before clipping, the parts of the teacher's loss, the
+    penalty without its weight, and SCALING where the state is one of
+    `loss_scale`.
   """
 
   def loss_of(trained, fixed, images, labels, key):
@@ -87,6 +91,10 @@ def make_train_step(
     parts: tuple[jax.Array, ...] = ()
     if teacher:
       loss, parts = teacher(given, x, logits, seen, loss)
+    if penalty:
+      weight, of_variables = penalty
+      parts = (*parts, of_variables({**frozen, **trained}))
+      loss = loss + weight * parts[-1]
     return loss, (losses.top1(logits, targets), parts)
 
   def step(state: TrainState, source: Any, batch: Any, given: Any = None):
