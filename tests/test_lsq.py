@@ -370,12 +370,12 @@ def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
   changes['optim.schedule'] = 'constant'
   digits_run(tmp_path, 'cut', **changes | {'train.steps': 6})
   assert 'starting from the parameters of step' in capsys.readouterr().out
+  first = steps_of(tmp_path / 'cut', 6)
   digits_run(tmp_path, 'cut', **changes)
   digits_run(tmp_path, 'flat', **changes)
   cut, flat = (steps_of(tmp_path / n, 12) for n in ('cut', 'flat'))
   for path, x in flat.items():
     np.testing.assert_array_equal(cut[path], x, err_msg=path)
-  first = steps_of(tmp_path / 'flat', 6)
   name = 'quant/encoder/block_00/mlp/fc1/lhs_step'
   assert first[name] != flat[name]
 
