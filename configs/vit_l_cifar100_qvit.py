@@ -11,20 +11,26 @@ have 8 bits, as in the paper. Without a teacher:
   add --config.train.teacher= --config.quant.dgd=0
 """
 
-from configs import common, vit_l_cifar100_w4a4
+from configs import common
 
 
 def get_config():
   """Returns the config."""
-  config = vit_l_cifar100_w4a4.get_config()
-  config.weights = common.get_config().weights
+  config = common.get_config()
+  config.model.update(
+    size='L/16', image_size=224, num_classes=100, norm_eps=1e-12
+  )
   config.weights.path = 'runs/l_float'
   config.quant.update(
       recipe='qvit', attention='a4', rules=(('patch_embed|head', 'w8a8'),),
       dgd=1.0,
   )  # fmt: skip
-  config.optim.update(lr=1e-4, warmup_epochs=0, weight_decay=0.0)
+  config.data.update(source='tfds', name='cifar100', pad=4, flip=True)
+  config.data.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.optim.update(lr=1e-4, clip_norm=1.0)
   config.train.update(
-    epochs=100, teacher='runs/l_float', distill='hard', distill_weight=0.5
-  )
+    epochs=100, batch_size=128, label_smoothing=0.1,
+    teacher='runs/l_float', distill='hard', distill_weight=0.5,
+  )  # fmt: skip
+  config.eval.update(batch_size=128)
   return config

@@ -1,4 +1,4 @@
-"""What `--mode` may be: one function each. Row 12; knows nothing of flags."""
+"""What `--mode` may be: one function each. Row 13; knows nothing of flags."""
 
 import contextlib
 import copy
@@ -19,19 +19,18 @@ from qvit_jax import (
   artifacts,
   benchmarks,
   curve,
+  exports,
   files,
-  models,
   packing,
   ptq_table,
   restore,
   tree,
-  weights,
 )
 from qvit_jax import config as config_lib
 from qvit_jax import sensitivity as sensitivity_lib
 from qvit_jax import teacher as teacher_lib
 from qvit_jax.data import Data
-from qvit_jax.errors import ConfigError, DivergedError, ExportError
+from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
 from qvit_jax.training import loop
@@ -375,70 +374,13 @@ def export(config: Any, workdir: str) -> None:
   if jax.process_count() > 1:
     raise ConfigError('--mode=export runs in one process; start it once')
   with _opened(workdir) as place:
-    model, kind = Model(config), config.export
+    model = Model(config)
     say('mode      export')
     say(f'model     {model.title}')
-    if kind.format == 'packed':
+    if config.export.format == 'packed':
       packing.export(model, place, say)
-      return
-    has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
-    path = config.checkpoint.path or (
-      str(place) if has_own else config.weights.path
-    )
-    if not path:
-      raise ExportError(
-        f'{place} holds no checkpoint to export; train there first, or set '
-        '--config.checkpoint.path= or --config.weights.path='
-      )
-    params, report = weights.read_weights(path, model.shapes['params'])
-    if report.reinitialised:
-      raise ExportError(
-        f'{path} brings no {", ".join(report.reinitialised)}: '
-        f'{next(iter(report.reinitialised.values()))}; train first or give '
-        'model.num_classes the value of these weights'
-      )
-    report.notes += restore.compare_facts(report, config)
-    for line in report.lines():
-      say(f'start     {line}')
-    if has_own and config.weights.path:
-      say('note: there is a checkpoint, so weights.path is not read')
-    there = report.facts.get('norm_eps', config.model.norm_eps)
-    if there != config.model.norm_eps:
-      raise ExportError(
-        f'{path} was trained with norm_eps={there:g}, the model here has '
-        f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
-      )
-    if config.quant.recipe != 'none':
-      say('note: the float parameters are written; this form knows no bits')
-    tensors = weights.translate(tree.nest(params), kind.layout)
-    target = place / 'export' / f'model.{kind.format}'
-    weights.save_weights(tensors, target, form=kind.format)
-    stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
-    stale.remove(target.name)
-    if kind.layout.startswith('hf'):
-      facts = models.architecture(config)
-      text = weights.hf_config(facts, kind.layout, config.model.num_classes)
-      files.write_text(target.with_name('config.json'), text)
-      stale.remove('config.json')
-    elif weights.LAYOUTS[kind.layout].norm_eps != there:
-      usual = weights.LAYOUTS[kind.layout].norm_eps
-      say(f'note: build it with LayerNorm epsilon {there:g}, not {usual:g}')
-    for name in stale:  # of an export in another layout or format
-      target.with_name(name).unlink(missing_ok=True)
-    again, _ = weights.read_weights(str(target), model.shapes['params'])
-    same = all(np.array_equal(again[n], params[n]) for n in params)
-    largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
-    size = target.stat().st_size
-    files.write_json(
-      target.with_name('parity.json'),
-      {'file': target.name, 'layout': kind.layout, 'tensors': len(tensors),
-       'bytes': size, 'reads_back_equal': same, 'largest_difference': largest},
-    )  # fmt: skip
-    read = 'bit for bit' if same else f'within {largest:.2g}'
-    say(
-      f'{len(tensors)} tensors, {size:,} bytes in {target} ({kind.layout} '
-      f'layout); reads back {read}'
-    )
+    else:
+      exports.export(model, place, say)
 
 
 MODES: dict[str, Callable[[Any, str], None]] = {

@@ -7,6 +7,7 @@ import pytest
 
 from configs import common
 from qvit_jax import config as config_lib
+from qvit_jax import fields
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import Model
 
@@ -33,7 +34,7 @@ def config():
 
 
 def test_every_field_has_legal_values_and_the_reverse(config):
-  assert set(config_lib.flatten(config)) == set(config_lib.LEGAL)
+  assert set(config_lib.flatten(config)) == set(fields.LEGAL)
 
 
 def test_every_field_is_explained():
@@ -171,10 +172,10 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-  'field', [name for name, (_, text) in config_lib.LEGAL.items() if text]
+  'field', [name for name, (_, text) in fields.LEGAL.items() if text]
 )
 def test_every_legal_check_refuses_a_bad_value(field):
-  legal = config_lib.LEGAL[field][1]
+  legal = fields.LEGAL[field][1]
   bad = next((v for k, v in BAD.items() if legal.startswith(k)), 'nonsense')
   config = common.get_config()
   section, _, name = field.rpartition('.')

@@ -12,7 +12,8 @@ ROWS = {
   'errors': 0,
   'tree': 1,
   'files': 1,
-  'config': 1,
+  'fields': 1,
+  'config': 2,
   'devices': 1,
   'rules': 2,
   'ops': 3,
@@ -33,7 +34,8 @@ ROWS = {
   'benchmarks': 9,
   'packing': 11,
   'teacher': 11,
-  'modes': 12,
+  'exports': 12,
+  'modes': 13,
 }
 # training does not know which model, recipe or data source it runs.
 HIDDEN = {
