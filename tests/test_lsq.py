@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvit_jax import models, modes, tree
+from qvit_jax import models, modes, tree, weights
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import Experiment
 from qvit_jax.ops import Site
 from qvit_jax.quantization import (
   QuantPlan,
@@ -469,6 +470,28 @@ def test_lsq_without_zero_points_keeps_them(float_run, tmp_path):
   assert set(zeros) == {0.0, 8.0}
 
 
+def test_learned_zero_points_do_not_start_a_run_without_them(
+  float_run, tmp_path, capsys
+):
+  """Its parameters do, although averages are kept of the steps alone."""
+  changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 1}
+  averaged = {'train.trainable': ('quant',), 'train.ema_decay': 0.9}
+  config = digits_run(tmp_path, 'run', **changes, **averaged)
+  place = str(tmp_path / 'run')
+  shapes = Experiment(config, training=False).model.shapes['params']
+  params, report = weights.read_weights(place, shapes)
+  assert not report.reinitialised
+  capsys.readouterr()
+  changes |= {'quant.zero_point': False, 'checkpoint.path': place}
+  digits_run(tmp_path, 'next', **changes, **{'optim.lr': 1e-12})
+  assert 'starting from the parameters of step 1' in capsys.readouterr().out
+  found = steps_of(tmp_path / 'next', 1)
+  zeros = [float(v.ravel()[0]) for n, v in found.items() if n.endswith('_zero')]
+  assert set(zeros) == {0.0, 8.0}
+  for name, x in params.items():
+    np.testing.assert_allclose(found[f'params/{name}'], x, atol=1e-9)
+
+
 def test_another_recipe_or_form_does_not_resume(float_run, tmp_path):
   changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6}
   digits_run(tmp_path, 'run', **changes)
@@ -497,9 +520,14 @@ def test_fields_of_other_recipes_are_refused(recipe, field, value, message):
 def test_the_packed_export_of_a_run_has_its_accuracy(
   float_run, tmp_path, capsys
 ):
-  changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6}
+  changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6,
+             'quant.recipe': 'qvit'}  # fmt: skip
   config = digits_run(tmp_path, 'run', **changes)
   config.checkpoint.path, config.export.format = '', 'packed'
   modes.run('export', config, str(tmp_path / 'run'))
   text = capsys.readouterr().out
   assert 'within 0 of the run, 100.0% of the classes equal' in text
+  assert 'not rectified' not in text
+  config.export.format = 'npz'
+  modes.run('export', config, str(tmp_path / 'run'))
+  assert 'note: queries and keys are not rectified' in capsys.readouterr().out
