@@ -105,7 +105,7 @@ def _start_from(
   # Steps of other bits or none at all: they are fitted to these parameters.
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=False)
-  item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+  item = checkpoint.item_of(metadata, 'params')
   shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
   restored = stored.restore(step, {item: shapes})[item]
   params = tree.flatten({'params': restored['params']})
@@ -123,11 +123,13 @@ def _learned(arrays: dict[str, Any]) -> set[str]:
 def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
   if model.shapes.keys() == {'params'}:
     return True  # nothing depends on bits
-  there = metadata['config']['quant']
+  there, here = metadata['config']['quant'], model.config.quant
   return (
     metadata['plan'] == model.plan.digest_lines()
-    and there['recipe'] == model.config.quant.recipe
-    and there['irm'] == model.config.quant.irm
+    and there['recipe'] == here.recipe
+    and there['irm'] == here.irm
+    # Learned zero points would stay where they are.
+    and (here.zero_point or not there['zero_point'])
   )
 
 

@@ -298,7 +298,9 @@ def fails(error, mode, config, workdir, *parts, overrides=()):
 def test_only_eval_reads_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
-  recipe = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
+  recipe = 'none'
+  if mode not in ('ptq', 'sensitivity'):
+    recipe = 'none, aqt, lsq, statsq or qvit'
   fails(ConfigError, mode, config, tmp_path, 'only --mode=eval reads',
         f'for --mode={mode} set --config.quant.recipe={recipe}')  # fmt: skip
 

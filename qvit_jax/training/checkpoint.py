@@ -60,6 +60,16 @@ def find_step(
   return (place if place.name == 'checkpoints' else place / 'checkpoints'), None
 
 
+def item_of(metadata: dict[str, Any], collection: str) -> str:
+  """Returns the item whose arrays of a collection are evaluated.
+
+  Averages are kept of what was trained; the rest is in 'variables'.
+  """
+  averaged = metadata['arrays'].get('ema', {})
+  is_averaged = any(path.startswith(f'{collection}/') for path in averaged)
+  return 'ema' if is_averaged else 'variables'
+
+
 class Checkpoints:
   """The checkpoints of one workdir."""
 
