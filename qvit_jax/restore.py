@@ -105,7 +105,7 @@ def _start_from(
   # Steps of other bits or none at all: they are fitted to these parameters.
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=False)
-  item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+  item = checkpoint.params_item(metadata)
   shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
   restored = stored.restore(step, {item: shapes})[item]
   params = tree.flatten({'params': restored['params']})
@@ -124,10 +124,9 @@ def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
   if model.shapes.keys() == {'params'}:
     return True  # nothing depends on bits
   there = metadata['config']['quant']
-  return (
-    metadata['plan'] == model.plan.digest_lines()
-    and there['recipe'] == model.config.quant.recipe
-    and there['irm'] == model.config.quant.irm
+  return metadata['plan'] == model.plan.digest_lines() and all(
+    there[name] == model.config.quant[name]
+    for name in ('recipe', 'irm', 'zero_point')
   )
 
 

@@ -60,6 +60,17 @@ def find_step(
   return (place if place.name == 'checkpoints' else place / 'checkpoints'), None
 
 
+def params_item(metadata: dict[str, Any]) -> str:
+  """Returns the item whose parameters are evaluated.
+
+  Averages hold what was trained, which need not be the parameters.
+  """
+  averaged = metadata['arrays'].get('ema', {})
+  return (
+    'ema' if any(p.startswith('params/') for p in averaged) else 'variables'
+  )
+
+
 class Checkpoints:
   """The checkpoints of one workdir."""
 
