@@ -145,6 +145,7 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     for line in origin:
       say(f'start     {line}')
     _add_teacher(experiment)
+    restore.check_teacher(experiment, progress)
     if jax.process_index() == 0:
       files.write_json(place / 'config.json', config_lib.to_json(config))
     progress = _train(experiment, place, checkpoints, state, progress)

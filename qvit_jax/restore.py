@@ -216,6 +216,25 @@ def _resume(
   return state, Progress(**metadata['progress']), lines
 
 
+def check_teacher(experiment: Experiment, progress: Progress) -> None:
+  """Checks that a run goes on with its teacher, which `progress` remembers.
+
+  Raises:
+    CheckpointError: The same path holds other weights by now.
+  """
+  before, teacher = progress.teacher, experiment.teacher
+  here = teacher.identity if teacher else {}
+  is_same = before.get('digest') == here.get('digest')
+  if before.get('path') == here.get('path') and not is_same:
+    raise CheckpointError(
+      f'train.teacher={here["path"]!r} has other weights now '
+      f'({here["origin"]}) than when this run began ({before["origin"]}); '
+      'bring them back, choose another workdir, or name the new ones by '
+      'another path, such as RUN/checkpoints/STEP'
+    )
+  progress.teacher = here
+
+
 def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:
   """Returns {path: array} of the variables to evaluate, and their origin.
 

@@ -65,10 +65,9 @@ def params_item(metadata: dict[str, Any]) -> str:
 
   Averages hold what was trained, which need not be the parameters.
   """
-  averaged = metadata['arrays'].get('ema', {})
-  return (
-    'ema' if any(p.startswith('params/') for p in averaged) else 'variables'
-  )
+  paths = metadata['arrays'].get('ema', {})
+  is_averaged = any(path.startswith('params/') for path in paths)
+  return 'ema' if is_averaged else 'variables'
 
 
 class Checkpoints:

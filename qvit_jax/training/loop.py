@@ -37,6 +37,7 @@ class Progress:
     best: All metrics of that evaluation.
     stale: Evaluations since then.
     evaluated_step: Step of the last evaluation.
+    teacher: What `Teacher.identity` said; {} without a teacher.
   """
 
   window: list[float] = dataclasses.field(
@@ -51,6 +52,7 @@ class Progress:
   best: dict[str, Any] | None = None
   stale: int = 0
   evaluated_step: int = 0
+  teacher: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
