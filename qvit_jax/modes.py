@@ -204,6 +204,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     schedule=experiment.schedule,
     metadata=experiment.metadata(),
     tick=experiment.tick,
+    learned=experiment.learned,
   )
   trainer = loop.Trainer(
       parts, state, progress, checkpoints=checkpoints, writers=writers,

@@ -70,6 +70,7 @@ class Parts:
     schedule: Learning rate by updates done before.
     metadata: What is saved with every checkpoint.
     tick: Names of the numbers that a step reports.
+    learned: Paths of what is trained beside parameters.
   """
 
   config: Any
@@ -81,6 +82,7 @@ class Parts:
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
   tick: tuple[str, ...] = TICK
+  learned: tuple[str, ...] = ()
 
 
 class _Interrupted(Exception):  # noqa: N818 - control flow, never leaves here
@@ -183,6 +185,11 @@ class Trainer:
     """Waits for the oldest update in flight and books its numbers."""
     step, tick = self._pending.popleft()
     values = np.asarray(tick).tolist()
+    if self.parts.learned:
+      *values, broken = values
+      if broken >= 0:  # the next update would break all the others
+        path = self.parts.learned[int(broken)]
+        raise self._diverged(f'{path} is not finite', step)
     count = len(self.parts.tick)
     values, scaling = values[:count], values[count:]
     scaling = dict(zip(SCALING, scaling, strict=True)) if scaling else {}
@@ -225,7 +232,7 @@ class Trainer:
       kept = f'the checkpoint of step {latest} is kept'
     variables = self.state.variables
     broken, where = tree.not_finite(variables), ''
-    if broken:
+    if broken and step == self._done:  # later updates spread it to all arrays
       count = len(jax.tree.leaves(variables))
       where = f' (not finite: {broken[0]}, {len(broken)} of {count} arrays)'
     return DivergedError(
@@ -253,7 +260,7 @@ class Trainer:
     self._writers.write_scalars(
       step, {f'train/{name}': value for name, value in scalars.items()}
     )
-    self._console.log(scalars)
+    self._console.log(step, scalars)
     self._clear_window()
     self._restart_clock(step)
 
