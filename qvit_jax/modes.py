@@ -352,7 +352,12 @@ def ptq(config: Any, workdir: str) -> None:
     table.curve = curve.measure(
         runs, config, params=params, place=place, say=say,
         train=functools.partial(train, data=experiment.data),
-    ) + curve.given(config.ptq.qat_runs)  # fmt: skip
+    )  # fmt: skip
+    own = {(place / 'qat' / run.name).resolve() for run in runs}
+    table.curve += curve.given([  # no run is a seed twice
+        path for path in config.ptq.qat_runs
+        if pathlib.Path(path).resolve() not in own
+    ])  # fmt: skip
     rows = table.run()
     say(f'{len(rows)} rows; results in {place / "results.json"}')
 
