@@ -330,17 +330,25 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
 )  # fmt: skip
 
-# Sections that a mode does not read; a flag for one of them is mentioned.
+# Fields of `quant` that count in training alone.
+_TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
+             'quant.dgd', 'quant.backward_bits')  # fmt: skip
+
+# Sections and fields that a mode does not read; a flag for one of them is
+# mentioned.
 UNUSED = {
     'train': ('export', 'ptq'),
-    'eval': ('optim', 'train', 'export', 'ptq'),
+    'eval': ('optim', 'train', 'export', 'ptq', *_TRAINING),
     'ptq': ('optim', 'train', 'export', 'log', 'mesh'),
     'sensitivity': ('optim', 'train', 'export', 'log', 'mesh'),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
-              'mesh', 'log', 'seed', 'export', 'ptq'),
-    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq'),
+              'mesh', 'log', 'seed', 'export', 'ptq', *_TRAINING),
+    # It times the first updates of stage 'all', from random weights.
+    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq',
+                  'quant.calibration_path', 'quant.freeze', 'train.stages',
+                  'train.patience'),
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
-               'ptq'),
+               'ptq', *_TRAINING),
 }  # fmt: skip
 
 # The same of --mode=ptq where it trains: the curve sets these two itself.

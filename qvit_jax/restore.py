@@ -105,7 +105,7 @@ def _start_from(
   # Steps of other bits or none at all: they are fitted to these parameters.
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=False)
-  item = checkpoint.item_of(metadata, 'params')
+  item = checkpoint.params_item(metadata)
   shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
   restored = stored.restore(step, {item: shapes})[item]
   params = tree.flatten({'params': restored['params']})
@@ -123,13 +123,10 @@ def _learned(arrays: dict[str, Any]) -> set[str]:
 def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
   if model.shapes.keys() == {'params'}:
     return True  # nothing depends on bits
-  there, here = metadata['config']['quant'], model.config.quant
-  return (
-    metadata['plan'] == model.plan.digest_lines()
-    and there['recipe'] == here.recipe
-    and there['irm'] == here.irm
-    # Learned zero points would stay where they are.
-    and (here.zero_point or not there['zero_point'])
+  there = metadata['config']['quant']
+  return metadata['plan'] == model.plan.digest_lines() and all(
+    there[name] == model.config.quant[name]
+    for name in ('recipe', 'irm', 'zero_point')
   )
 
 
@@ -217,6 +214,25 @@ def _resume(
     for name in changed
   ]
   return state, Progress(**metadata['progress']), lines
+
+
+def check_teacher(experiment: Experiment, progress: Progress) -> None:
+  """Checks that a run goes on with its teacher, which `progress` remembers.
+
+  Raises:
+    CheckpointError: The same path holds other weights by now.
+  """
+  before, teacher = progress.teacher, experiment.teacher
+  here = teacher.identity if teacher else {}
+  is_same = before.get('digest') == here.get('digest')
+  if before.get('path') == here.get('path') and not is_same:
+    raise CheckpointError(
+      f'train.teacher={here["path"]!r} has other weights now '
+      f'({here["origin"]}) than when this run began ({before["origin"]}); '
+      'bring them back, choose another workdir, or name the new ones by '
+      'another path, such as RUN/checkpoints/STEP'
+    )
+  progress.teacher = here
 
 
 def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:

@@ -60,13 +60,13 @@ def find_step(
   return (place if place.name == 'checkpoints' else place / 'checkpoints'), None
 
 
-def item_of(metadata: dict[str, Any], collection: str) -> str:
-  """Returns the item whose arrays of a collection are evaluated.
+def params_item(metadata: dict[str, Any]) -> str:
+  """Returns the item whose parameters are evaluated.
 
-  Averages are kept of what was trained; the rest is in 'variables'.
+  Averages hold what was trained, which need not be the parameters.
   """
-  averaged = metadata['arrays'].get('ema', {})
-  is_averaged = any(path.startswith(f'{collection}/') for path in averaged)
+  paths = metadata['arrays'].get('ema', {})
+  is_averaged = any(path.startswith('params/') for path in paths)
   return 'ema' if is_averaged else 'variables'
 
 
