@@ -69,8 +69,13 @@ def get_config():
       act_granularity='per_token',  # aqt: 'per_token' | 'per_tensor'
       # What shares a learned step of activations (lsq, statsq, qvit):
       # 'per_tensor' | 'per_head' (of attention products) | 'per_position'
-      # (each token; each head and channel of attention products).
+      # (each token; each head and channel of attention products) |
+      # 'per_token' (nothing is learned: each token of each image has its own
+      # range, as in the dynamic rows of --mode=ptq).
       steps='per_tensor',
+      # lsq, statsq: inputs of layers behind a nonlinearity are turned by blocks
+      # of a Hadamard matrix before they are rounded, as their kernels are.
+      hadamard=False,
       # lsq, statsq: activations learn a zero point (LSQ+); False: their codes
       # are signed where the first batch has negative values (LSQ).
       zero_point=True,
@@ -135,7 +140,8 @@ def get_config():
     dict(
       name='adamw',  # 'adamw' | 'sgd' | 'lamb' | 'adafactor'
       lr=1e-3,  # Peak learning rate; > 0.
-      # Of learned steps, on the same schedule; 0 = lr. They do not decay.
+      # Of learned steps, on the same schedule, in shares of each array's root
+      # mean square; 0 = lr, not in shares. They do not decay.
       quant_lr=0.0,
       schedule='cosine',  # 'cosine' | 'linear' | 'constant', after warm-up
       # Linear warm-up, used when warmup_steps is 0. Where `train.steps` cuts a

@@ -111,6 +111,9 @@ class Model:
       more = f', backward products {quant.backward_bits} bit, stochastic'
     if self.kernels == 'step' and quant.dampen:
       more = f', kernels dampened by {quant.dampen:g}'
+    if quant.hadamard:
+      turned = sum(map(bool, map(self.ops.core.block, plan.sites)))
+      more += f', inputs of {turned} layers turned'
     return (
       f'{listed} (recipe {quant.recipe}, activations '
       f'{plan.act_granularity}{more})'

@@ -75,8 +75,9 @@ LEGAL: dict[str, Check] = {
   'quant.attention': _ANY,
   'quant.rules': _ANY,
   'quant.act_granularity': _one_of('per_token', 'per_tensor'),
-  'quant.steps': _one_of('per_tensor', 'per_head', 'per_position'),
+  'quant.steps': _one_of('per_tensor', 'per_head', 'per_position', 'per_token'),
   'quant.zero_point': _BOOL,
+  'quant.hadamard': _BOOL,
   'quant.irm': _one_of('paper', 'layernorm'),
   'quant.dgd': _ZERO_UP,
   'quant.calibration_path': _ANY,
@@ -205,6 +206,17 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ('quant.zero_point',),
         lambda c: c.quant.recipe in ('lsq', 'statsq'),
         'qvit always has zero points; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.hadamard',),
+        lambda c: c.quant.recipe in ('lsq', 'statsq'),
+        'only lsq and statsq turn; set --config.quant.recipe=lsq',
+    ),
+    (
+        ('quant.zero_point', 'quant.calibration_path'),
+        lambda c: c.quant.steps != 'per_token',
+        'no step of activations is learned; set '
+        '--config.quant.steps=per_tensor',
     ),
     (
         ('quant.freeze',),

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qvit_jax import artifacts, calibration, files, models, tree, weights
@@ -11,6 +12,7 @@ from qvit_jax import config as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment, Model
 from qvit_jax.quantization.learned_core import LearnedCore
+from qvit_jax.quantization.pack_qat import unpack
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import checkpoint
 from qvit_jax.training.loop import Progress
@@ -19,7 +21,7 @@ from qvit_jax.training.state import TrainState
 # A resumed run must not change these; other fields may, and are printed.
 _FIXED = (
   'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
-  'quant.recipe', 'quant.zero_point', 'quant.irm',
+  'quant.recipe', 'quant.zero_point', 'quant.irm', 'quant.hadamard',
 )  # fmt: skip
 
 
@@ -84,6 +86,8 @@ def _start_from(
   experiment: Experiment, path: str
 ) -> tuple[TrainState, Progress, list[str]]:
   """Returns the state of a run that goes on from another one's variables."""
+  if artifacts.is_artifact(path):
+    return _start_from_packed(experiment, path)
   stored, step = find_checkpoint(path)
   metadata = stored.metadata(step)
   if _learned(metadata['arrays']) == _learned(
@@ -115,6 +119,32 @@ def _start_from(
   return state, Progress(), lines + more
 
 
+def _start_from_packed(
+  experiment: Experiment, path: str
+) -> tuple[TrainState, Progress, list[str]]:
+  """Returns the state of a run that goes on from a packed model."""
+  model = experiment.model
+  facts = models.architecture(experiment.config)
+  packed = artifacts.load(pathlib.Path(path), model.plan.sites, facts)
+  found, lines = unpack(packed, model.plan, model.ops)
+  shapes = tree.flatten(model.shapes)
+  found = {
+    name: jnp.asarray(x, jnp.float32).reshape(shapes[name].shape)
+    for name, x in found.items()
+  }
+  params = {n: x for n, x in found.items() if n.startswith('params/')}
+  variables = experiment.fresh_variables(
+    jax.random.key(experiment.config.seed), params
+  )
+  flat = tree.flatten(variables) | {
+    name: experiment.replicate(x)
+    for name, x in found.items()
+    if name not in params
+  }
+  state = experiment.state_of(tree.unflatten(flat, variables))
+  return state, Progress(), [f'starting from the packed model {path}', *lines]
+
+
 def _learned(arrays: dict[str, Any]) -> set[str]:
   """Returns the paths of variables that are no parameters."""
   return {p for p in arrays['variables'] if not p.startswith('params/')}
@@ -125,8 +155,8 @@ def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
     return True  # nothing depends on bits
   there = metadata['config']['quant']
   return metadata['plan'] == model.plan.digest_lines() and all(
-    there[name] == model.config.quant[name]
-    for name in ('recipe', 'irm', 'zero_point')
+    there.get(name, model.config.quant[name]) == model.config.quant[name]
+    for name in ('recipe', 'irm', 'zero_point', 'hadamard')
   )
 
 

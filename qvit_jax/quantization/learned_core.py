@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax.ops import Site, dot_general
-from qvit_jax.quantization import lsq
+from qvit_jax.quantization import lsq, numerics
+from qvit_jax.quantization.rotate import hadamard_block, turn_blocks
 from qvit_jax.quantization.spec import QuantPlan
 
-STEPS = ('per_tensor', 'per_head', 'per_position')
+STEPS = ('per_tensor', 'per_head', 'per_position', 'per_token')
 # Q-ViT clips what a GELU gives (Li et al. 2022, released code).
 GELU_CLIP = 10.0
 
@@ -31,19 +32,34 @@ class LearnedCore:
     kernels: 'step' (LSQ) or 'statsq'.
     has_zero: Whether activations learn a zero point (LSQ+).
     clipped: Layers whose input is clipped to +-GELU_CLIP.
+    turned: Layers whose input and kernel are turned by Hadamard blocks before
+      they are rounded (`rotate.turn_blocks`).
   """
 
   plan: QuantPlan
   kernels: str = 'step'
   has_zero: bool = True
   clipped: tuple[str, ...] = ()
+  turned: tuple[str, ...] = ()
   is_packed = False
+
+  def block(self, site: Site) -> int:
+    """Returns the channels that are turned together, 0 for none."""
+    if (
+      site.path not in self.turned or self.plan.by_path[site.path].acts is None
+    ):
+      return 0
+    return hadamard_block(site.rhs_shape[0])
 
   def __call__(self, module, site: Site, lhs, rhs, dims):
     """See `ops.Core`."""
     spec = self.plan.by_path[site.path]
     if site.path in self.clipped:
       lhs = jnp.clip(lhs, -GELU_CLIP, GELU_CLIP)
+    dtype, block = lhs.dtype, self.block(site)
+    if block:
+      lhs = turn_blocks(lhs.astype(jnp.float32), block)
+      rhs = turn_blocks(rhs.T, block).T
     ((left,), (right,)), (_, batch) = dims
     coders, learned = [None, None], [None, None]
     if spec.acts is not None:
@@ -61,11 +77,17 @@ class LearnedCore:
       return dot_general(lhs, rhs.astype(lhs.dtype), dims)
     if coders[1] is None:
       rhs = rhs.astype(lhs.dtype)
-    product = lsq.Product(dims, *coders)
+    product = lsq.Product(dims, *coders, dtype)
     return lsq.coded_product(product, lhs, rhs, *learned)
 
   def _activation(self, module, side: str, x, axes, bits: int):
     """Returns (coder, (step, zero)) of activations."""
+    if self.plan.act_granularity == 'per_token':
+      seen = jax.lax.stop_gradient(x).astype(jnp.float32)
+      low = seen.min(axis=axes, keepdims=True)
+      high = seen.max(axis=axes, keepdims=True)
+      coder = lsq.Coder(bits, method='dynamic')
+      return coder, numerics.scale_of(low, high, bits, symmetric=False)
     shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
     count = x.size // x.shape[0] // math.prod(shape)
     coder = lsq.Coder(bits, has_zero=self.has_zero)
@@ -107,8 +129,11 @@ def shared_axes(
     contracted: Over which the product sums; always shared, as is the batch.
     heads: The axis of heads of an attention product's operand, or none.
     steps: One of STEPS: one step; one for each head of an attention product;
-      one for each token position (and head, and channel of values).
+      one for each token position (and head, and channel of values); none, but
+      the range of each token of each image (and head, and channel of values).
   """
+  if steps == 'per_token':
+    return (contracted,)
   if steps == 'per_position':
     return (0, contracted)
   kept = heads if steps == 'per_head' else ()

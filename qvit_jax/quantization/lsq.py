@@ -35,7 +35,8 @@ class Coder:
 
   Attributes:
     bits: 2 to 8.
-    method: 'step' (learned step and zero point) or 'statsq'.
+    method: 'step' (learned step and zero point), 'statsq', or 'dynamic' (step
+      and zero point of the values at hand, which pass every gradient on).
     is_signed: Whether codes go from -2**(bits-1) instead of from 0.
     has_zero: Whether the zero point is learned; else it says whether the codes
       stand for negative values, see `fixed_zero`.
@@ -109,11 +110,14 @@ def _is_inside(x, step, zero, coder: Coder):
   """Returns where the gradient passes."""
   if coder.method == 'statsq':
     return jnp.abs(x) <= statsq_size(x)
+  if coder.method == 'dynamic':
+    return jnp.ones_like(x)
   first, last = coder.ends
   ratio, zero = x / jnp.maximum(step, LEAST), jnp.round(zero)
   return (first - zero <= ratio) & (ratio <= last - zero)
 
 
+@functools.partial(jax.jit, static_argnames=('coder', 'axes', 'has_zero'))
 def fit(
   x: Float[Array, '...'],
   coder: Coder,
@@ -197,11 +201,19 @@ def _search(x, ends, coder: Coder, axes, of_range):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """A product and the coders of its operands; None leaves one in float."""
+  """A product and the coders of its operands; None leaves one in float.
+
+  Attributes:
+    dims: Dimension numbers of `lax.dot_general`.
+    lhs: Of the left operand.
+    rhs: Of the right operand.
+    dtype: Of the products of the gradient; None: that of the left operand.
+  """
 
   dims: DotDims
   lhs: Coder | None
   rhs: Coder | None
+  dtype: Any = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -214,8 +226,8 @@ def coded_product(
   where x is within the range, else 0; of the step, per element, the rounding
   error in steps where x is inside and the last code outside; of the zero point
   -step outside. Only the operands are kept for it and codes are made again, so
-  that training needs no more memory than in float; its products run in the
-  dtype of `lhs`.
+  that training needs no more memory than in float; its products run in
+  `product.dtype`.
 
   Args:
     product: What is multiplied and rounded how.
@@ -281,7 +293,7 @@ def _forward(product, lhs, rhs, left, right):
 def _backward(product: Product, saved, cotangent):
   lhs, rhs, left, right = saved
   coded = _codes(product, lhs, rhs, left, right)
-  dtype = lhs.dtype
+  dtype = product.dtype or lhs.dtype
   # Of levels, not of codes: a cotangent times steps underflows in float16.
   levels = (x if worth is None else x * worth for x, worth in coded)
   # In the compute dtype, results too: see `ops.dot_general`.
@@ -307,8 +319,8 @@ def _operand_grads(x, codes, grad, how, coder: Coder | None):
     return grad, None
   x, grad = x.astype(jnp.float32), grad.astype(jnp.float32)
   inside = _is_inside(x, *(how or (None, None)), coder)
-  if coder.method == 'statsq':
-    return inside * grad, None
+  if coder.method != 'step':
+    return inside * grad, jax.tree.map(jnp.zeros_like, how)
   step = jnp.maximum(how[0], LEAST)
   passed = inside * grad
   slope = grad * codes - passed * (x / step)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvit_jax import tree
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops
 from qvit_jax.quantization import lsq, numerics, qtensor
@@ -20,6 +21,7 @@ from qvit_jax.quantization.integer_core import SitePlan
 from qvit_jax.quantization.learned_core import GELU_CLIP, LearnedCore
 from qvit_jax.quantization.ptq import Packed, assemble
 from qvit_jax.quantization.qtensor import QTensor
+from qvit_jax.quantization.rotate import turn_blocks
 from qvit_jax.quantization.spec import QuantPlan
 
 
@@ -111,12 +113,16 @@ def _learned(params, learned, core: LearnedCore, dtype: str):
   for site, spec in zip(plan.sites, plan.specs, strict=True):
     weights = spec.weights if site.is_layer else None
     clip = GELU_CLIP if site.path in core.clipped else 0.0
+    block = core.block(site)
+    is_static = spec.acts is not None and plan.act_granularity != 'per_token'
     plans[site.path] = SitePlan(
-      weights, spec.acts, is_static=spec.acts is not None, clip=clip
+      weights, spec.acts, is_static=is_static, block=block, clip=clip
     )
     if site.is_layer:
       name = f'{site.path}/kernel'
       w = rest.pop(name).reshape(site.rhs_shape)
+      if block:
+        w = turn_blocks(w.T, block).T
       quant[name] = w.astype(dtype)
       if weights:
         coder = lsq.Coder(weights, core.kernels, is_signed=True)
@@ -129,7 +135,7 @@ def _learned(params, learned, core: LearnedCore, dtype: str):
           weights,
           is_odd=core.kernels == 'statsq',
         )
-    if spec.acts:
+    if is_static:
       for side in ('lhs',) if site.is_layer else ('lhs', 'rhs'):
         start = f'{site.path}/{side}'
         step = learned[f'{start}_step']
@@ -141,3 +147,48 @@ def _learned(params, learned, core: LearnedCore, dtype: str):
     if path.endswith(('_gamma', '_beta'))  # of rectified queries and keys
   }
   return rest, quant, plans
+
+
+def unpack(
+  packed: Packed, plan: QuantPlan, ops: Ops
+) -> tuple[dict[str, Array], list[str]]:
+  """Returns what training goes on from: variables by path, and lines about it.
+
+  Kernels become the levels that their codes stand for. Their steps are taken
+  over where training rounds the same kernel, turned alike, to as many bits.
+
+  Args:
+    packed: A model of the same sites.
+    plan: Bits of the training.
+    ops: Arithmetic of the training.
+  """
+  flat = tree.flatten(packed.variables['params'])
+  found = {f'params/{name}': x for name, x in flat.items()}
+  core, kernels, kept = ops.core, 0, 0
+  learns = isinstance(core, LearnedCore) and core.kernels == 'step'
+  for site, spec in zip(plan.sites, plan.specs, strict=True):
+    if not site.is_layer:
+      continue
+    kernel = functools.reduce(
+      lambda node, key: node[key],
+      site.path.split('/'),
+      packed.variables['quant'],
+    )['kernel']
+    block = packed.site_plans[site.path].block
+    w = kernel
+    if isinstance(kernel, QTensor):
+      w = qtensor.dequantize(kernel)
+      kernels += 1
+      if learns and (kernel.bits, len(kernel.scale), kernel.is_odd, block) == (
+        spec.weights, 1, False, core.block(site)
+      ):  # fmt: skip
+        found[f'quant/{site.path}/kernel_step'] = kernel.scale[0]
+        kept += 1
+    w = w.astype(jnp.float32)
+    if block:
+      w = turn_blocks(w.T, block).T
+    found[f'params/{site.path}/kernel'] = w
+  return found, [
+    f'kernels: {kernels} from their codes, {kept} with the steps of these; '
+    'other steps are found anew'
+  ]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import spec
 from qvit_jax.quantization.aqt_core import AqtCore
@@ -33,21 +34,25 @@ def _aqt(quant, plan, hidden) -> Ops:
   return Ops(core=AqtCore(plan, quant.backward_bits))
 
 
-def _lsq(quant, plan, hidden) -> Ops:
-  del hidden
-  return Ops(core=LearnedCore(plan, has_zero=quant.zero_point))
-
-
-def _statsq(quant, plan, hidden) -> Ops:
-  del hidden
-  core = LearnedCore(plan, kernels='statsq', has_zero=quant.zero_point)
+def _lsq(quant, plan, hidden, kernels: str = 'step') -> Ops:
+  turned = hidden if quant.hadamard else ()
+  core = LearnedCore(plan, kernels, has_zero=quant.zero_point, turned=turned)
+  if quant.hadamard and not any(map(core.block, plan.sites)):
+    raise QuantError(
+      'quant.hadamard=True would have no effect: no layer behind a '
+      'nonlinearity rounds its input; give one bits of activations, or leave '
+      'hadamard out'
+    )
   return Ops(core=core)
 
 
+def _statsq(quant, plan, hidden) -> Ops:
+  return _lsq(quant, plan, hidden, kernels='statsq')
+
+
 def _qvit(quant, plan, hidden) -> Ops:
-  return Ops(
-    core=LearnedCore(plan, clipped=hidden), rectify=Rectifier(quant.irm)
-  )
+  core = LearnedCore(plan, clipped=hidden)
+  return Ops(core=core, rectify=Rectifier(quant.irm))
 
 
 _LEARNED = {'collections': ('params', 'quant'), 'granularity': 'steps'}

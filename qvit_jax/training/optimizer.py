@@ -104,11 +104,15 @@ def make_optimizer(
       parts.reverse()  # classic L2: the decay enters the momentum
     update = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
   if optim.quant_lr and 'quant' in trainable:
-    rate = optim.quant_lr / optim.lr  # on the same schedule
+    # On the same schedule, and in shares of each array's own size: a step of a
+    # kernel is a hundredth of one of activations.
     update = optax.chain(
       update,
       optax.masked(
-        optax.scale(rate),
+        optax.chain(
+          optax.scale_by_param_block_rms(),
+          optax.scale(optim.quant_lr / optim.lr),
+        ),
         {name: name == 'quant' for name in trainable},
       ),
     )
