@@ -95,7 +95,9 @@ class Trainer:
     for number in range(1, steps + 1):
       state, tick = self.step(state, source_of(), batch_of(number))
       states.append(state)
-      ticks.append(dict(zip(TICK, np.asarray(tick), strict=True)))
+      # A learned collection beside the parameters adds a number of its own.
+      tick = np.asarray(tick)[: len(TICK)]
+      ticks.append(dict(zip(TICK, tick, strict=True)))
     return states, ticks
 
   def logits(self):
