@@ -72,11 +72,12 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
       'positive number'
     )
-  if config.quant.recipe == 'ptq' and mode != 'eval':
+  if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
     recipes = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
     raise ConfigError(
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
-      f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
+      f'and --mode=predict read; for --mode={mode} set '
+      f'--config.quant.recipe={recipes}'
     )
   if config.quant.calibration_path and config.quant.steps == 'per_head':
     raise ConfigError(

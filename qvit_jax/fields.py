@@ -85,11 +85,14 @@ LEGAL: dict[str, Check] = {
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
-  'data.source': _one_of('digits', 'tfds'),
+  'data.source': _one_of('digits', 'tfds', 'folder'),
   'data.name': _ANY,
   'data.dir': _ANY,
   'data.train_split': _ANY,
   'data.eval_split': _ANY,
+  'data.holdout': _BELOW_ONE,
+  'data.bad_files': _ZERO_UP,
+  'data.max_pixels': _number(1, 89_478_486),
   'data.mean': _channels(positive=False),
   'data.std': _channels(positive=True),
   'data.resize': _one_of('bicubic', 'bilinear'),
@@ -138,6 +141,8 @@ LEGAL: dict[str, Check] = {
   'eval.batch_size': _ONE_UP,
   'eval.num_examples': _ZERO_UP,
   'eval.every': _ZERO_UP,
+  'eval.images': _ANY,
+  'eval.top_k': _ONE_UP,
   'ptq.rows': _strings(),
   'ptq.calibration_examples': _ONE_UP,
   'ptq.calibration_path': _ANY,
@@ -250,6 +255,16 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'model.size is set; add --config.model.size=',
     ),
     (
+        ('data.holdout', 'data.bad_files', 'data.max_pixels'),
+        lambda c: c.data.source == 'folder' or c.eval.images,
+        'no image files are read; set --config.data.source=folder',
+    ),
+    (
+        ('data.resident_mib',),
+        lambda c: c.data.source != 'folder',
+        'folders are always streamed',
+    ),
+    (
         ('optim.momentum',),
         lambda c: c.optim.name == 'sgd',
         'only sgd has it; set --config.optim.name=sgd',
@@ -330,18 +345,25 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
 )  # fmt: skip
 
-# Sections that a mode does not read; a flag for one of them is mentioned.
+_PREDICT = ('eval.images', 'eval.top_k')  # read by --mode=predict alone
+
+# Sections and fields that a mode does not read; a flag for one is mentioned.
 UNUSED = {
-    'train': ('export', 'ptq'),
-    'eval': ('optim', 'train', 'export', 'ptq'),
-    'ptq': ('optim', 'train', 'export', 'log', 'mesh'),
-    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh'),
+    'train': ('export', 'ptq', *_PREDICT),
+    'eval': ('optim', 'train', 'export', 'ptq', *_PREDICT),
+    'ptq': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'predict': ('optim', 'train', 'log', 'seed', 'export', 'ptq',
+                'data.source', 'data.name', 'data.dir', 'data.train_split',
+                'data.eval_split', 'data.holdout', 'data.bad_files', 'data.pad',
+                'data.flip', 'data.erase', 'data.mixup', 'data.cutmix',
+                'data.resident_mib', 'eval.num_examples', 'eval.every'),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
               'mesh', 'log', 'seed', 'export', 'ptq'),
-    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq'),
+    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq', *_PREDICT),
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
                'ptq'),
 }  # fmt: skip
 
 # The same of --mode=ptq where it trains: the curve sets these two itself.
-UNUSED_TRAINING = ('export', 'quant.default', 'quant.attention')
+UNUSED_TRAINING = ('export', 'quant.default', 'quant.attention', *_PREDICT)

@@ -294,7 +294,8 @@ def test_only_eval_reads_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
   recipe = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
-  fails(ConfigError, mode, config, tmp_path, 'only --mode=eval reads',
+  fails(ConfigError, mode, config, tmp_path,
+        'only --mode=eval and --mode=predict read',
         f'for --mode={mode} set --config.quant.recipe={recipe}')  # fmt: skip
 
 
