@@ -278,8 +278,8 @@ def get_config():
 
   c.export = ml_collections.ConfigDict(
     dict(
-      # 'safetensors' | 'npz' | 'packed' (the integers of a run with
-      # quant.recipe='aqt'; layout has no effect)
+      # 'safetensors' | 'npz' | 'packed' (the integers of a run with any
+      # quant.recipe but 'none'; layout has no effect)
       format='safetensors',
       # Whose names and axes: 'timm' | 'timm_distilled' | 'dinov2' | 'hf' |
       # 'hf_deit' | 'hf_dinov2' | 'torchvision' | 'google'

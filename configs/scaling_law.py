@@ -17,9 +17,6 @@ def get_config():
       patch=4, width=192, depth=4, heads=3, mlp_dim=768, image_size=8,
       num_classes=10, dtype='float32',
   )  # fmt: skip
-  # The rows of PTQ keep the stem's activations at 8 bits too. A rule cannot do
-  # without its weights, which have 8 here and as many as the row there.
-  config.quant.rules = (('patch_embed', 'w8a8'),)
   config.data.update(
     source='digits', mean=(0.3,) * 3, std=(0.38,) * 3, mixup=0.2
   )

@@ -73,7 +73,9 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       'positive number'
     )
   if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
-    recipes = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
+    recipes = 'none'
+    if mode not in ('ptq', 'sensitivity'):
+      recipes = 'none, aqt, lsq, statsq or qvit'
     raise ConfigError(
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
       f'and --mode=predict read; for --mode={mode} set '

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from qvit_jax import config as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import report
 from qvit_jax.quantization import RECIPES, build_plan
+from qvit_jax.quantization.rows import STEM_ACTS
 from qvit_jax.quantization.spec import QuantSpec, parse_spec
 from qvit_jax.training.checkpoint import Checkpoints
 
@@ -23,6 +25,7 @@ _INERT_FIELDS = (
   'data.dir', 'data.workers', 'data.resident_mib', 'eval.batch_size',
 )  # fmt: skip
 _RECORD = 'point.json'
+_STEM = 'patch_embed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,28 @@ def _training_config(config: Any, spec: QuantSpec, seed: int) -> Any:
     own.train.trainable = RECIPES[recipe].collections
   config_lib.validate(own, mode='train', overrides=())
   build_plan(own.quant, models.list_sites(own))  # rules that match nothing
+  if not any(re.search(pattern, _STEM) for pattern, _ in own.quant.rules):
+    own.quant.rules = (*own.quant.rules, _stem_rule(spec))
   return own
+
+
+def _stem_rule(spec: QuantSpec) -> tuple[str, str]:
+  """Returns the rule that gives the stem the bits it has in rows of PTQ."""
+  bits = QuantSpec(spec.weights, max(spec.acts or 0, STEM_ACTS))
+  return f'^{_STEM}$', str(bits)
+
+
+def _differences(run: Run) -> list[str]:
+  """Returns layers whose bits differ from those of the row of PTQ."""
+  quant, sites = run.config.quant, models.list_sites(run.config)
+  specs = build_plan(quant, sites).by_path
+  stem = _stem_rule(parse_spec(run.spec, field='ptq.qat_specs'))[1]
+  return [
+    f'{site.path} {specs[site.path]}'
+    for site in sites
+    if site.is_layer
+    and str(specs[site.path]) != (stem if site.path == _STEM else run.spec)
+  ]
 
 
 def measure(
@@ -110,6 +134,13 @@ def measure(
     Preempted: A signal came; the run is saved.
   """
   digest = calibration.digest(params)
+  for run in runs:
+    if run.config.seed == config.seed and (found := _differences(run)):
+      say(
+        f'note: {run.spec} is trained with {", ".join(found[:3])}'
+        f'{" ..." if found[3:] else ""} (quant.rules), which the row '
+        f'{run.spec} of PTQ does not have'
+      )
   records = [_record(place / 'qat' / run.name, run, digest) for run in runs]
   points = []
   for index, (run, record) in enumerate(zip(runs, records, strict=True)):
@@ -175,11 +206,18 @@ def _record(here: pathlib.Path, run: Run, digest: str) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields that a run's accuracy depends on."""
+  counts = {'ptq.range'} if config['quant']['calibration_path'] else set()
   return {
     name: value
     for name, value in config_lib.flatten(config).items()
-    if name.split('.')[0] not in _INERT_SECTIONS and name not in _INERT_FIELDS
+    if name in counts
+    or (name.split('.')[0] not in _INERT_SECTIONS and name not in _INERT_FIELDS)
   }
+
+
+def _absolute(path: str) -> str:
+  is_local = path and '://' not in path
+  return str(pathlib.Path(path).expanduser().absolute()) if is_local else path
 
 
 def given(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -213,6 +251,12 @@ def given(paths: Sequence[str]) -> list[dict[str, Any]]:
       along.append('quant.attention')
     for name in along:
       settings.pop(name)
+    stem = _stem_rule(parse_spec(quant['default'], field='quant.default'))
+    rules = settings['quant.rules']
+    settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
+    # Runs that began with other weights are no seeds of one training.
+    for section in ('weights', 'checkpoint'):
+      settings[f'{section}.path'] = _absolute(config[section]['path'])
     points.append(
       {
         'name': place.name,

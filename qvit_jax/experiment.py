@@ -27,7 +27,7 @@ from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import optimizer, sharding
 from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState, make_state, split_collections
-from qvit_jax.training.step import TICK, make_train_step
+from qvit_jax.training.step import TICK, learned_paths, make_train_step
 
 # Images that learned steps are fitted to before the first update.
 _FITTED = 32
@@ -380,6 +380,11 @@ class Experiment:
     """Names of the numbers that a step reports."""
     names = TICK + (self.teacher.names if self.teacher else ())
     return names + (('dampen_loss',) if self._dampens else ())
+
+  @property
+  def learned(self) -> tuple[str, ...]:
+    """Paths of what is trained beside parameters."""
+    return learned_paths(self._trained)
 
   @property
   def given(self) -> Any:

@@ -24,6 +24,11 @@ def export(
   params, norm_eps = _read(model, place, say)
   if config.quant.recipe != 'none':
     say('note: the float parameters are written; this form knows no bits')
+  if model.ops.rectify:
+    say(
+      'note: queries and keys are not rectified there, so it computes '
+      'something else; --config.export.format=packed keeps all'
+    )
   tensors = weights.translate(tree.nest(params), kind.layout)
   target = place / 'export' / f'model.{kind.format}'
   weights.save_weights(tensors, target, form=kind.format)

@@ -345,24 +345,33 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
 )  # fmt: skip
 
-_PREDICT = ('eval.images', 'eval.top_k')  # read by --mode=predict alone
+# Fields of `quant` that count in training alone.
+_TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
+             'quant.dgd', 'quant.backward_bits')  # fmt: skip
+# Fields that count in --mode=predict alone.
+_PREDICT = ('eval.images', 'eval.top_k')
 
-# Sections and fields that a mode does not read; a flag for one is mentioned.
+# Sections and fields that a mode does not read; a flag for one of them is
+# mentioned.
 UNUSED = {
     'train': ('export', 'ptq', *_PREDICT),
-    'eval': ('optim', 'train', 'export', 'ptq', *_PREDICT),
-    'ptq': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
-    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'eval': ('optim', 'train', 'export', 'ptq', *_TRAINING, *_PREDICT),
     'predict': ('optim', 'train', 'log', 'seed', 'export', 'ptq',
                 'data.source', 'data.name', 'data.dir', 'data.train_split',
                 'data.eval_split', 'data.holdout', 'data.bad_files', 'data.pad',
                 'data.flip', 'data.erase', 'data.mixup', 'data.cutmix',
-                'data.resident_mib', 'eval.num_examples', 'eval.every'),
+                'data.resident_mib', 'eval.num_examples', 'eval.every',
+                *_TRAINING),
+    'ptq': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
-              'mesh', 'log', 'seed', 'export', 'ptq'),
-    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq', *_PREDICT),
+              'mesh', 'log', 'seed', 'export', 'ptq', *_TRAINING),
+    # It times the first updates of stage 'all', from random weights.
+    'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq',
+                  'quant.calibration_path', 'quant.freeze', 'train.stages',
+                  'train.patience', *_PREDICT),
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
-               'ptq'),
+               'ptq', *_TRAINING),
 }  # fmt: skip
 
 # The same of --mode=ptq where it trains: the curve sets these two itself.

@@ -149,6 +149,7 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     for line in origin:
       say(f'start     {line}')
     _add_teacher(experiment)
+    restore.check_teacher(experiment, progress)
     if jax.process_index() == 0:
       files.write_json(place / 'config.json', config_lib.to_json(config))
     progress = _train(experiment, place, checkpoints, state, progress)
@@ -213,6 +214,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     schedule=experiment.schedule,
     metadata=experiment.metadata(),
     tick=experiment.tick,
+    learned=experiment.learned,
   )
   trainer = loop.Trainer(
       parts, state, progress, checkpoints=checkpoints, writers=writers,
@@ -383,7 +385,12 @@ def ptq(config: Any, workdir: str) -> None:
     table.curve = curve.measure(
         runs, config, params=params, place=place, say=say,
         train=functools.partial(train, data=experiment.data),
-    ) + curve.given(config.ptq.qat_runs)  # fmt: skip
+    )  # fmt: skip
+    own = {(place / 'qat' / run.name).resolve() for run in runs}
+    table.curve += curve.given([  # no run is a seed twice
+        path for path in config.ptq.qat_runs
+        if pathlib.Path(path).resolve() not in own
+    ])  # fmt: skip
     rows = table.run()
     say(f'{len(rows)} rows; results in {place / "results.json"}')
 

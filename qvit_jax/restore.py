@@ -106,7 +106,7 @@ def _start_from(
   # Steps of other bits or none at all: they are fitted to these parameters.
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=False)
-  item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+  item = checkpoint.params_item(metadata)
   shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
   restored = stored.restore(step, {item: shapes})[item]
   params = tree.flatten({'params': restored['params']})
@@ -125,10 +125,9 @@ def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
   if model.shapes.keys() == {'params'}:
     return True  # nothing depends on bits
   there = metadata['config']['quant']
-  return (
-    metadata['plan'] == model.plan.digest_lines()
-    and there['recipe'] == model.config.quant.recipe
-    and there['irm'] == model.config.quant.irm
+  return metadata['plan'] == model.plan.digest_lines() and all(
+    there[name] == model.config.quant[name]
+    for name in ('recipe', 'irm', 'zero_point')
   )
 
 
@@ -219,6 +218,25 @@ def _resume(
   if metadata.get('data_digest', '') != experiment.data.digest:
     lines.append('changed since: the files of the data set')
   return state, Progress(**metadata['progress']), lines
+
+
+def check_teacher(experiment: Experiment, progress: Progress) -> None:
+  """Checks that a run goes on with its teacher, which `progress` remembers.
+
+  Raises:
+    CheckpointError: The same path holds other weights by now.
+  """
+  before, teacher = progress.teacher, experiment.teacher
+  here = teacher.identity if teacher else {}
+  is_same = before.get('digest') == here.get('digest')
+  if before.get('path') == here.get('path') and not is_same:
+    raise CheckpointError(
+      f'train.teacher={here["path"]!r} has other weights now '
+      f'({here["origin"]}) than when this run began ({before["origin"]}); '
+      'bring them back, choose another workdir, or name the new ones by '
+      'another path, such as RUN/checkpoints/STEP'
+    )
+  progress.teacher = here
 
 
 def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:

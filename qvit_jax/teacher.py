@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +34,18 @@ class Teacher:
       features where they count.
     names: Of the parts of its loss.
     lines: What it is, for a person.
+    identity: By which a run that goes on knows it again: its 'path' in the
+      config, 'origin' and the 'digest' of its weights.
   """
 
   def __init__(
-    self, student: Experiment, own: Experiment, variables: Any, origin: str
+    self,
+    student: Experiment,
+    own: Experiment,
+    variables: Any,
+    *,
+    origin: str,
+    digest: str,
   ):
     """Checks that they go together and finds the directions of features.
 
@@ -44,12 +54,18 @@ class Teacher:
       own: The teacher's own experiment, on the student's data and mesh.
       variables: Of the teacher, placed.
       origin: Whence they are.
+      digest: Of their content.
 
     Raises:
       ConfigError: They do not go together.
     """
     config = student.config
     self._train, self._dgd = config.train, config.quant.dgd
+    self.identity = {
+      'path': config.train.teacher,
+      'origin': origin,
+      'digest': digest,
+    }
     self._features = config.train.feature_weight > 0
     self.names = tuple(
       name
@@ -218,13 +234,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
   place = pathlib.Path(path).expanduser()
   try:
     if weights.is_run(place):
-      own, variables, notes = _of_run(experiment, str(place))
+      own, variables, digest, notes = _of_run(experiment, str(place))
     else:
-      own, variables, notes = _of_weights(experiment, path)
+      own, variables, digest, notes = _of_weights(experiment, path)
   except (ConfigError, CheckpointError, WeightsError) as error:
     text = str(error).removeprefix('train.teacher: ')
     raise type(error)(f'train.teacher={path!r}: {text}') from error
-  teacher = Teacher(experiment, own, variables, notes[0])
+  teacher = Teacher(experiment, own, variables, origin=notes[0], digest=digest)
   rules = models.tensor_rules(own.config)
   _, whole = sharding.infer(own.model.shapes, own.mesh, rules)
   teacher.lines += [*notes[1:], *whole]
@@ -251,7 +267,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _of_run(student: Experiment, path: str):
-  """Returns (experiment, variables, lines) of a run of ours."""
+  """Returns (experiment, variables, digest, lines) of a run of ours."""
   if student.config.train.teacher_size:
     raise ConfigError(
       f'train.teacher_size={student.config.train.teacher_size!r} would have no '
@@ -273,7 +289,12 @@ def _of_run(student: Experiment, path: str):
         f'{model[name]}; give a teacher with the same model.{name}'
       )
   own = _own_experiment(student, fields)
-  variables, origin = restore.restore_variables(own, path, same_plan=True)
+  # By its number: the run may be training on, and have a better one soon.
+  place = str(stored.directory / str(step))
+  variables, origin = restore.restore_variables(own, place, same_plan=True)
+  evaluated = [metadata['arrays'].get(x) for x in ('variables', 'ema')]
+  text = json.dumps(evaluated, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()
   notes = [
     f'note: it saw images with data.{name}={there[f"data.{name}"]}, here they '
     f'have {list(student.config.data[name])}'
@@ -282,11 +303,11 @@ def _of_run(student: Experiment, path: str):
   ]
   if metadata['class_names'] != list(student.data.class_names):
     notes.append('note: its classes have other names than those here')
-  return own, variables, [f'{origin}, digests verified', *notes]
+  return own, variables, digest, [f'{origin}, digests verified', *notes]
 
 
 def _of_weights(student: Experiment, path: str):
-  """Returns (experiment, variables, lines) of weights of others."""
+  """Returns (experiment, variables, digest, lines) of weights of others."""
   config = student.config
   local, config.train.teacher = weights.resolve(path)
   fields = {'quant.recipe': 'none'}
@@ -304,4 +325,4 @@ def _of_weights(student: Experiment, path: str):
     )
   imported = {f'params/{name}': values for name, values in taken.items()}
   variables = own.fresh_variables(jax.random.key(config.seed), imported)
-  return own, variables, report.lines()
+  return own, variables, calibration.digest(taken), report.lines()

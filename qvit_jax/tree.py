@@ -83,6 +83,17 @@ def not_finite(tree: PyTree) -> list[str]:
   ]
 
 
+def first_not_finite(tree: PyTree) -> jax.Array:
+  """Returns the place of the first float leaf with an infinity or NaN.
+
+  float32, for use under jit; -1 where there is none, or where no leaf is whole:
+  then it is not one of them that broke the others.
+  """
+  bad = jnp.stack([~jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+  place = jnp.where(bad.any() & ~bad.all(), bad.argmax(), -1)
+  return place.astype(jnp.float32)
+
+
 def describe(leaf) -> str:
   """Returns 'float32[16, 8]' for an array or a ShapeDtypeStruct."""
   return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'

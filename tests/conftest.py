@@ -15,6 +15,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp())
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+# Most of the time goes into compiling models that then run for milliseconds.
+# XLA_FLAGS='' before pytest tests what users get; do so before a release.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'

@@ -122,6 +122,24 @@ def test_an_override_that_another_mode_reads_is_mentioned(config):
 
 
 @pytest.mark.parametrize(
+  ('mode', 'field', 'value'),
+  [
+    ('eval', 'quant.dampen', 0.1),
+    ('sites', 'quant.calibration_path', 'calibration'),
+    ('export', 'quant.dgd', 1.0),
+    ('benchmark', 'train.stages', ('all:0.5', 'norms:0.5')),
+  ],
+)
+def test_fields_of_training_are_mentioned_elsewhere(mode, field, value):
+  config = common.get_config()
+  config.train.steps, config.quant.recipe = 1, 'lsq'
+  config.update_from_flattened_dict({field: value})
+  notes = config_lib.validate(config, mode=mode, overrides=[field])
+  assert notes == [f'--config.{field} has no effect in --mode={mode}']
+  assert not config_lib.validate(config, mode=mode, overrides=['quant.recipe'])
+
+
+@pytest.mark.parametrize(
   ('typo', 'field'),
   [('model.widht', 'model.width'), ('train.step', 'train.steps'),
    ('quant.attn', 'quant.attention')],

@@ -3,13 +3,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from configs import scaling_law
 from qvit_jax import config as config_lib
-from qvit_jax import curve, modes
+from qvit_jax import curve, models, modes
 from qvit_jax.errors import ConfigError, Preempted
 from qvit_jax.evaluation import curves
+from qvit_jax.quantization import build_plan, ptq
+from qvit_jax.quantization import rows as rows_lib
 from tests.conftest import make_digits_config
 from tests.test_resume import end_state, rows, stop_after
 
@@ -85,12 +88,18 @@ def test_a_second_call_trains_nothing(start, measured, monkeypatch, capsys):
 
   monkeypatch.setattr(modes, 'train', train)
   before = read(measured)
-  # Neither the table's rows nor log lines change what a run is.
-  config = curve_config(start, rows=('fp32',))
+  # Neither the table's rows nor log lines change what a run is, and a run
+  # that is named besides is no further seed.
+  again = str(measured / 'qat' / 'w4a4_seed0')
+  config = curve_config(start, rows=('fp32',), qat_runs=(again,))
   config.log.every = 1
   modes.run('ptq', config, str(measured))
   out = capsys.readouterr().out
   assert 'qat       2 runs: w4a4, 2 seed(s) each, recipe aqt, 4 steps' in out
+  assert (
+    'note: w4a4 is trained with patch_embed w8a8 (quant.rules), which the row '
+    'w4a4 of PTQ does not have\n'
+  ) in out
   assert 'qat 1/2 w4a4 seed 0: done before, top1 ' in out
   assert 'qat 2/2 w4a4 seed 1: done before, top1 ' in out
   assert read(measured)['curve'] == before['curve']
@@ -206,6 +215,9 @@ def test_a_config_that_cannot_train_is_refused_first():
   config.quant.rules = (('blok', 'w8a8'),)
   with pytest.raises(ConfigError, match="'blok' matches nothing"):
     curve.plan(config)
+  config.quant.rules = ('patch_embed',)  # no pair
+  with pytest.raises(ConfigError, match=r'quant\.rules'):
+    curve.plan(config)
   config = curve_config('nowhere')
   config.train.feature_weight = 1.0  # of a teacher that there is not
   with pytest.raises(ConfigError, match=r'train\.teacher is empty'):
@@ -241,3 +253,56 @@ def test_the_config_asks_for_five_widths_and_three_seeds():
   quant = runs[-1].config.quant
   assert (quant.recipe, quant.default, quant.attention) == ('lsq', 'w2a2', 'a2')
   assert runs[-1].config.train.trainable == ('params', 'quant')
+  # The stem as in the rows of PTQ.
+  row = rows_lib.parse_row('w2a2')
+  sites = models.list_sites(runs[-1].config)
+  kernels = {f'{site.path}/kernel': np.zeros(1) for site in sites}
+  stream = models.stream(runs[-1].config)
+  there = ptq.plan_sites(row, sites, kernels, stream)
+  here = build_plan(quant, sites).by_path
+  for site in sites:
+    wanted, found = there[site.path], here[site.path]
+    assert (found.weights, found.acts) == (wanted.weights, wanted.acts)
+  assert str(here['patch_embed']) == 'w2a8'
+  assert not curve._differences(runs[-1])
+
+
+def write_run(place, seed, spec='w4a4', **fields):
+  """The files of a finished training that the curve reads."""
+  config = make_digits_config()
+  config.seed = seed
+  stem = (('^patch_embed$', f'{spec[:2]}a8'),)
+  config.quant.update(
+    recipe='lsq', default=spec, attention=spec[2:], rules=stem
+  )
+  config.update_from_flattened_dict(fields)
+  place.mkdir()
+  row = {'weight_bits': 4, 'act_bits': 4}
+  (place / 'results.json').write_text(json.dumps({'baseline': row}))
+  (place / 'config.json').write_text(json.dumps(config_lib.to_json(config)))
+  line = {'split': 'eval', 'step': 2, 'top1': 0.5}
+  (place / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  return str(place)
+
+
+def test_only_runs_of_one_start_are_seeds_of_one_training(tmp_path):
+  start = {'checkpoint.path': 'runs/float'}
+  paths = [
+    write_run(tmp_path / '0', 0, **start),
+    write_run(tmp_path / '1', 1, spec='w2a2', **start),
+    write_run(tmp_path / '2', 1, **{'checkpoint.path': 'runs/other'}),
+    write_run(tmp_path / '3', 1),
+    write_run(tmp_path / '4', 1, **start, **{
+        'quant.rules': (('^patch_embed$', 'w8a8'),)}),
+  ]  # fmt: skip
+  found = [point['settings'] for point in curve.given(paths)]
+  assert found[0] == found[1]  # the stem's bits go along the curve
+  assert len(set(found)) == 4
+
+
+def test_the_range_counts_where_steps_start_from_calibration():
+  config = curve_config('nowhere', qat_recipe='lsq', range='minmax')
+  settings = lambda: curve._settings(config_lib.to_json(config))
+  assert 'ptq.range' not in settings()
+  config.quant.calibration_path = 'somewhere'
+  assert settings()['ptq.range'] == 'minmax'

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qvit_jax import config as config_lib
@@ -14,6 +15,7 @@ from qvit_jax.quantization import calibrate, lsq, numerics
 from qvit_jax.quantization.learned_core import GELU_CLIP
 from qvit_jax.quantization.learned_start import calibrated_steps
 from qvit_jax.quantization.ranges import choose_range
+from qvit_jax.training import optimizer
 from qvit_jax.training.checkpoint import Checkpoints
 from tests.conftest import make_digits_config
 from tests.small_models import seen
@@ -241,6 +243,45 @@ def test_paths_of_what_is_not_finite_come_in_order():
   found = {'b': {'x': bad, 'y': good}, 'a': jnp.nan * good, 'c': jnp.arange(3)}
   assert tree.not_finite(found) == ['a', 'b/x']
   assert tree.not_finite({'c': good}) == []
+
+
+@pytest.mark.parametrize('clip_norm', [0.0, 1.0])
+def test_a_step_that_an_update_breaks_is_named(
+  tmp_path, monkeypatch, clip_norm
+):
+  """Nothing is saved or evaluated then: later updates spread it to all."""
+  config = config_of(**LEARNED | {'train.steps': 6, 'eval.every': 6})
+  config.optim.clip_norm = clip_norm
+  site = 'encoder/block_00/mlp/fc1'
+  make = optimizer.make_optimizer
+
+  def make_broken(*given):
+    tx = make(*given)
+
+    def update(grads, state, params=None):
+      updates, state = tx.update(grads, state, params)
+      flat = tree.flatten(updates)
+      is_third = optax.tree_utils.tree_get(state, 'count', filtering=(
+          lambda path, _: 'Adam' in str(path))) == 3  # fmt: skip
+      path = f'quant/{site}/lhs_step'
+      flat[path] += jnp.where(is_third, jnp.inf, 0)
+      return tree.unflatten(flat, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+  monkeypatch.setattr(optimizer, 'make_optimizer', make_broken)
+  with pytest.raises(DivergedError) as error:
+    modes.run('train', config, str(tmp_path))
+  message = str(error.value)
+  assert message.startswith(f'quant/{site}/lhs_step is not finite at step 3')
+  assert '\n' not in message
+
+
+def test_the_first_broken_leaf_is_found_if_others_are_whole():
+  good, bad = jnp.ones(2), jnp.asarray([1.0, jnp.nan])
+  found = [tree.first_not_finite(x) for x in (
+      [good, bad, bad], [good, good], [bad, bad], [bad, good])]  # fmt: skip
+  assert [int(x) for x in found] == [1, -1, -1, 0]
 
 
 def test_a_step_that_overflows_is_named(tmp_path, monkeypatch):

@@ -62,6 +62,13 @@ def plan_of(config):
   return build_plan(config.quant, models.list_sites(config))
 
 
+def pack_trained(config, params):
+  plan = plan_of(config)
+  variables = {f'params/{name}': x for name, x in params.items()}
+  ops = build_ops(config.quant, plan)
+  return pack(variables, plan, ops, config.model.dtype)
+
+
 def aqts_own(x, w, bits):
   """Returns AQT's codes and scales of both operands of a layer."""
   dims = (((x.ndim - 1,), (0,)), ((), ()))
@@ -125,7 +132,7 @@ def test_a_packed_model_computes_what_training_evaluated(
   module = models.build_model(config, build_ops(config.quant, plan))
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
   wanted = np.asarray(jax.jit(module.apply)(variables, images))
-  packed = pack(params, plan, dtype)
+  packed = pack_trained(config, params)
   module = models.build_model(config, packed.ops)
   found = np.asarray(jax.jit(module.apply)(packed.variables, images))
   # Measured: equal bit for bit. One code that falls to the other side of a
@@ -136,11 +143,9 @@ def test_a_packed_model_computes_what_training_evaluated(
 
 
 def test_a_packed_model_says_which_products_are_integer():
-  packed = pack(params_of(small_config()), plan_of(aqt_config()), 'float32')
+  packed = pack_trained(aqt_config(), params_of(small_config()))
   assert (packed.execution, packed.why) == ('integer', '')
-  mixed = pack(
-    params_of(small_config()), plan_of(aqt_config('mixed')), 'float32'
-  )
+  mixed = pack_trained(aqt_config('mixed'), params_of(small_config()))
   assert mixed.execution == 'simulated'
   for part in ('1 of packed weights', '1 of float weights with rounded',
                '1 in float'):  # fmt: skip
@@ -293,7 +298,9 @@ def fails(error, mode, config, workdir, *parts, overrides=()):
 def test_only_eval_reads_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
-  recipe = 'none' if mode in ('ptq', 'sensitivity') else 'none or aqt'
+  recipe = 'none'
+  if mode not in ('ptq', 'sensitivity'):
+    recipe = 'none, aqt, lsq, statsq or qvit'
   fails(ConfigError, mode, config, tmp_path,
         'only --mode=eval and --mode=predict read',
         f'for --mode={mode} set --config.quant.recipe={recipe}')  # fmt: skip

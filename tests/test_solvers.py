@@ -343,7 +343,7 @@ def test_softmax_codes_reach_the_model(model, solver):
 
 def test_tuning_brings_logits_closer_and_leaves_codes(model):
   config, params, images, stats = model
-  row = 'w4a4+gptq'
+  row = 'w3a3+gptq'
   packed = pack(config, row, params, stats)
   said = []
   tuned = tune_lib.tune(

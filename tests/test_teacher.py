@@ -248,6 +248,33 @@ def test_resume_with_a_teacher_ends_in_the_same_bits(
   assert {'distill_loss', 'feature_loss', 'dgd_loss'} < set(found[0])
 
 
+def test_a_teacher_that_trained_on_is_not_taken_for_itself(tmp_path):
+  place, run = tmp_path / 'teacher', tmp_path / 'run'
+  config = make_digits_config()
+  config.train.steps = config.eval.every = 2
+  modes.run('train', config, str(place))
+  modes.run('train', student_config(place, steps=2), str(run))
+  modes.run('train', student_config(place, steps=3), str(run))
+  config.train.steps, config.eval.every = 60, 30
+  config.optim.lr = 1e-2
+  modes.run('train', config, str(place))
+  step = Checkpoints(place / 'checkpoints', writer=False).best()
+  assert step > 2
+  before, name = end_state(run), str(place)
+  with pytest.raises(CheckpointError) as error:
+    modes.run('train', student_config(place, steps=6), str(run))
+  assert str(error.value).startswith(
+    f'train.teacher={name!r} has other weights now (step {step} of {place}, '
+    f'digests verified) than when this run began (step 2 of {place}, digests '
+    'verified); bring them back, choose another workdir, or name the new ones '
+  )
+  assert '\n' not in str(error.value)
+  assert end_state(run) == before
+  there = place / 'checkpoints' / str(step)  # on purpose, and said
+  modes.run('train', student_config(there, steps=6), str(run))
+  assert end_state(run)[1]['teacher']['path'] == str(there)
+
+
 def test_a_run_may_go_on_with_a_teacher_it_did_not_have(twin, tmp_path, capsys):
   config = make_digits_config()
   config.train.steps = 3  # the window of step 3 is not written yet

@@ -125,6 +125,32 @@ def _centered(x, bits: int, axes, stored):
   return (codes - zero).astype(_carrier(bits)), scale
 
 
+def _half_float(x, scale, kernel, dims):
+  """Returns the product of a layer of which an operand is no packed code.
+
+  Scales come after the product, as in training: rounding them into an operand
+  of bf16 would change what the next layer rounds.
+
+  Args:
+    x: Float activations, or code - zero.
+    scale: Of these codes, or None.
+    kernel: Float or packed.
+    dims: Dimension numbers.
+  """
+  columns = None
+  if isinstance(kernel, QTensor) and len(kernel.scale) == 1:
+    w, columns = kernel.codes.astype(x.dtype), kernel.scale[0]
+  else:
+    w = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
+    dtype = x.dtype if scale is None else jnp.promote_types(x.dtype, w.dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
+  y = dot_general(x, w, dims)
+  for one in (columns, scale):
+    if one is not None:
+      y = y * one
+  return y
+
+
 @dataclasses.dataclass(frozen=True)
 class IntegerCore:
   """Reads packed kernels from the collection `quant`. See `ops.Core`.
@@ -175,10 +201,7 @@ class IntegerCore:
         x, plan.acts, (axis,), self._stored(module, plan, 'lhs')
       )
     if not plan.is_integer or plan.weights is None:
-      w = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
-      if scale is not None:
-        x = x.astype(jnp.float32) * scale
-      return dot_general(x, w.astype(x.dtype), dims)
+      return _half_float(x, scale, kernel, dims)
     most = (2**plan.acts - 1) * kernel.largest_code
     w = kernel.codes.astype(x.dtype)
     size = kernel.group

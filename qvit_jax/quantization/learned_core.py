@@ -68,7 +68,7 @@ class LearnedCore:
     """Returns (coder, (step, zero)) of activations."""
     shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
     count = x.size // x.shape[0] // math.prod(shape)
-    coder = lsq.Coder(bits)
+    coder = lsq.Coder(bits, has_zero=self.has_zero)
     share = lsq.gradient_share(count, coder)
     coder = dataclasses.replace(coder, share=share)
     step, zero = _variables(

@@ -37,12 +37,15 @@ class Coder:
     bits: 2 to 8.
     method: 'step' (learned step and zero point) or 'statsq'.
     is_signed: Whether codes go from -2**(bits-1) instead of from 0.
+    has_zero: Whether the zero point is learned; else it says whether the codes
+      stand for negative values, see `fixed_zero`.
     share: What the gradients of step and zero point are multiplied by.
   """
 
   bits: int
   method: str = 'step'
   is_signed: bool = False
+  has_zero: bool = True
   share: float = 1.0
 
   @property
@@ -277,21 +280,20 @@ def _forward(product, lhs, rhs, left, right):
 
 def _backward(product: Product, saved, cotangent):
   lhs, rhs, left, right = saved
-  (a, _), (b, _) = _codes(product, lhs, rhs, left, right)
+  coded = _codes(product, lhs, rhs, left, right)
   dtype = lhs.dtype
-  for worth in _worth(product, lhs, rhs, left, right):
-    cotangent = cotangent * worth
+  # Of levels, not of codes: a cotangent times steps underflows in float16.
+  levels = (x if worth is None else x * worth for x, worth in coded)
   # In the compute dtype, results too: see `ops.dot_general`.
   _, pullback = jax.vjp(
     lambda a, b: jax.lax.dot_general(a, b, product.dims),
-    a.astype(dtype),
-    b.astype(dtype),
+    *(x.astype(dtype) for x in levels),
   )
   grads = pullback(cotangent.astype(dtype))
   x_grads, how_grads = [], []
   for x, codes, grad, how, coder in (
-    (lhs, a, grads[0], left, product.lhs),
-    (rhs, b, grads[1], right, product.rhs),
+    (lhs, coded[0][0], grads[0], left, product.lhs),
+    (rhs, coded[1][0], grads[1], right, product.rhs),
   ):
     one, other = _operand_grads(x, codes, grad, how, coder)
     x_grads.append(one.astype(x.dtype))
@@ -300,20 +302,24 @@ def _backward(product: Product, saved, cotangent):
 
 
 def _operand_grads(x, codes, grad, how, coder: Coder | None):
-  """Returns the gradients of (operand, (step, zero)) from that of its codes."""
+  """Returns the gradients of (operand, (step, zero)) from its levels' one."""
   if coder is None:
     return grad, None
   x, grad = x.astype(jnp.float32), grad.astype(jnp.float32)
   inside = _is_inside(x, *(how or (None, None)), coder)
   if coder.method == 'statsq':
-    return inside * grad / (statsq_size(x) / 2**coder.bits), None
+    return inside * grad, None
   step = jnp.maximum(how[0], LEAST)
   passed = inside * grad
-  slope = (grad * codes - passed * (x / step)) / step
-  shift = passed - grad
-  return passed / step, (
-    coder.share * _sum_to(slope, how[0].shape),
-    coder.share * _sum_to(shift, how[1].shape),
+  slope = grad * codes - passed * (x / step)
+  shift = (passed - grad) * step
+  share, (_, last) = coder.share, coder.ends
+  if not coder.has_zero:
+    # Signed codes have fewer above zero: a zero point in the middle says so.
+    share *= jnp.sqrt(last / (last - how[1]))
+  return passed, (
+    share * _sum_to(slope, how[0].shape),
+    share * _sum_to(shift, how[1].shape),
   )
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-FORMS = ('paper', 'layernorm')
 _EPSILON = 1e-5
 
 

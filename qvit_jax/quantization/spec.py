@@ -18,7 +18,6 @@ from qvit_jax.ops import Site
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32
-GRANULARITIES = ('per_token', 'per_tensor')
 _SPEC = re.compile(r'(?:w(\d+))?(?:a(\d+))?')
 
 
@@ -72,7 +71,8 @@ class QuantPlan:
     sites: All products of the model.
     specs: One for each site.
     act_granularity: 'per_token' (one scale for each row of the product) or
-      'per_tensor' (one for the whole batch).
+      'per_tensor' (one for the whole batch); of learned steps one of
+      `learned_core.STEPS`.
   """
 
   sites: tuple[Site, ...]

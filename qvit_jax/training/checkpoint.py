@@ -60,6 +60,16 @@ def find_step(
   return (place if place.name == 'checkpoints' else place / 'checkpoints'), None
 
 
+def params_item(metadata: dict[str, Any]) -> str:
+  """Returns the item whose parameters are evaluated.
+
+  Averages hold what was trained, which need not be the parameters.
+  """
+  paths = metadata['arrays'].get('ema', {})
+  is_averaged = any(path.startswith('params/') for path in paths)
+  return 'ema' if is_averaged else 'variables'
+
+
 class Checkpoints:
   """The checkpoints of one workdir."""
 

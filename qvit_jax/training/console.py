@@ -75,9 +75,9 @@ class Console:
           numbers=f'{rate:.4g} images/s  loss {loss:.4f}  top1 {top1:.3f}',
       )  # fmt: skip
 
-  def log(self, scalars: dict[str, float]) -> None:
-    """Prints a line of training metrics."""
-    left = '?'
+  def log(self, done: int, scalars: dict[str, float]) -> None:
+    """Prints a line of training metrics; `done` counts skipped updates too."""
+    self._done, left = done, '?'
     elapsed = time.monotonic() - self._started
     if self._done > self._first:
       per_step = elapsed / (self._done - self._first)

@@ -37,6 +37,7 @@ class Progress:
     best: All metrics of that evaluation.
     stale: Evaluations since then.
     evaluated_step: Step of the last evaluation.
+    teacher: What `Teacher.identity` said; {} without a teacher.
   """
 
   window: list[float] = dataclasses.field(
@@ -51,6 +52,7 @@ class Progress:
   best: dict[str, Any] | None = None
   stale: int = 0
   evaluated_step: int = 0
+  teacher: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -68,6 +70,7 @@ class Parts:
     schedule: Learning rate by updates done before.
     metadata: What is saved with every checkpoint.
     tick: Names of the numbers that a step reports.
+    learned: Paths of what is trained beside parameters.
   """
 
   config: Any
@@ -79,6 +82,7 @@ class Parts:
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
   tick: tuple[str, ...] = TICK
+  learned: tuple[str, ...] = ()
 
 
 class _Interrupted(Exception):  # noqa: N818 - control flow, never leaves here
@@ -181,6 +185,11 @@ class Trainer:
     """Waits for the oldest update in flight and books its numbers."""
     step, tick = self._pending.popleft()
     values = np.asarray(tick).tolist()
+    if self.parts.learned:
+      *values, broken = values
+      if broken >= 0:  # the next update would break all the others
+        path = self.parts.learned[int(broken)]
+        raise self._diverged(f'{path} is not finite', step)
     count = len(self.parts.tick)
     values, scaling = values[:count], values[count:]
     scaling = dict(zip(SCALING, scaling, strict=True)) if scaling else {}
@@ -223,7 +232,7 @@ class Trainer:
       kept = f'the checkpoint of step {latest} is kept'
     variables = self.state.variables
     broken, where = tree.not_finite(variables), ''
-    if broken:
+    if broken and step == self._done:  # later updates spread it to all arrays
       count = len(jax.tree.leaves(variables))
       where = f' (not finite: {broken[0]}, {len(broken)} of {count} arrays)'
     return DivergedError(
@@ -251,7 +260,7 @@ class Trainer:
     self._writers.write_scalars(
       step, {f'train/{name}': value for name, value in scalars.items()}
     )
-    self._console.log(scalars)
+    self._console.log(step, scalars)
     self._clear_window()
     self._restart_clock(step)
 

@@ -39,7 +39,8 @@ class Kind:
 KINDS = {
   'all': Kind('bits as planned, everything is trained'),
   # The first stage of GPLQ: Liang et al. 2025, arXiv:2506.11784. Differs: the
-  # loss is that of the run, and the steps of activations are the recipe's.
+  # loss is that of the run, and the steps of activations are the recipe's;
+  # those of kernels wait as they were fitted to the first kernels.
   'acts': Kind('kernels in float', operand='acts'),
   'weights': Kind('activations in float', operand='weights'),
   # The last components of a path: of a norm, a bias, LayerScale.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qvit_jax import tree
 from qvit_jax.training import loss_scale, losses
 from qvit_jax.training.state import TrainState, split_collections
 
@@ -41,6 +42,15 @@ def _accumulated(gradient: Callable, parts: int) -> Callable:
   return accumulated
 
 
+def _beside_params(variables: Any) -> dict[str, Any]:
+  return {name: x for name, x in variables.items() if name != 'params'}
+
+
+def learned_paths(trained: Any) -> tuple[str, ...]:
+  """Returns the paths of what is trained beside parameters, as counted."""
+  return tuple(tree.flatten(_beside_params(trained)))
+
+
 def make_train_step(
   *,
   apply: Callable[..., jax.Array],
@@ -72,8 +82,9 @@ def make_train_step(
   Returns:
     The function; its tick is float32: the mean loss and top-1 of the batch, the
     norm of the gradient before clipping, the parts of the teacher's loss, the
-    penalty without its weight, and SCALING where the state is one of
-    `loss_scale`.
+    penalty without its weight, SCALING where the state is one of `loss_scale`,
+    and, where more than parameters is trained, `tree.first_not_finite` of the
+    rest (`learned_paths` names it) after the update.
   """
 
   def loss_of(trained, fixed, images, labels, key):
@@ -124,6 +135,8 @@ def make_train_step(
         finite, (trained, ema), (before, state.ema)
       )
       tick += [opt_state.scale, 1 - finite]
+    if learned := _beside_params(trained):
+      tick.append(tree.first_not_finite(learned))
     state = TrainState(number, {**frozen, **trained}, opt_state, ema)
     return state, jnp.stack(tick).astype(jnp.float32)
 

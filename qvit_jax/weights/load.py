@@ -110,7 +110,7 @@ def _own_source(path: str) -> Source:
     stored = checkpoint.Checkpoints(directory, writer=False)
     step = stored.best() if step is None else step
     metadata = stored.metadata(step)
-    item = 'ema' if 'ema' in metadata['arrays'] else 'variables'
+    item = checkpoint.params_item(metadata)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = stored.saved_shapes(step, item, device)
     values = tree.flatten(stored.restore(step, {item: shapes})[item])
