@@ -10,6 +10,7 @@ Modes:
   sensitivity  quantize each product alone; rank them, choose bits for each
   sites        print every quantizable product with its bits; needs no workdir
   benchmark    time the model beside its float twin
+  predict      name the likeliest classes of the images in a folder
   export       write the weights in the layout of timm, transformers or others,
                or packed into integers
 
@@ -30,6 +31,7 @@ import sys
 
 _MODES = (
     'train', 'eval', 'sites', 'benchmark', 'export', 'ptq', 'sensitivity',
+    'predict',
 )  # fmt: skip
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 

@@ -116,11 +116,25 @@ def get_config():
 
   c.data = ml_collections.ConfigDict(
     dict(
-      source='digits',  # 'digits' (ships with scikit-learn) | 'tfds'
-      name='',  # TFDS name, e.g. 'cifar100'; '' with source='digits'.
-      dir='',  # TFDS data_dir; '' = TFDS_DATA_DIR, else TFDS's own.
-      train_split='train',  # TFDS split syntax works: 'train[:90%]'.
+      # 'digits' (ships with scikit-learn) | 'tfds' | 'folder' (of images:
+      # DIR/SPLIT/CLASS/FILE, or Tiny-ImageNet as distributed)
+      source='digits',
+      name='',  # TFDS name, e.g. 'cifar100'; '' with the other sources.
+      # tfds: data_dir; '' = TFDS_DATA_DIR, else TFDS's own. folder: DIR.
+      dir='',
+      # TFDS split syntax works: 'train[:90%]'; folder: the name of a folder,
+      # or such a share of it in percent, stratified, the same for every seed.
+      train_split='train',
       eval_split='test',  # Split that is evaluated, in the same syntax.
+      # folder: share of the training images that is evaluated instead where
+      # eval_split has no folder; [0, 1), 0 = that is an error.
+      holdout=0.1,
+      # folder: files that cannot be decoded are skipped and named, up to this
+      # many; 0 = the first one is an error. --mode=predict skips all.
+      bad_files=10,
+      # folder, predict: pixels (width x height) that a file may have, more
+      # count as bad; 1 to 89,478,485, where Pillow's own limit lies.
+      max_pixels=2**26,
       mean=(0.485, 0.456, 0.406),  # Of the RGB channels in 0..1.
       std=(0.229, 0.224, 0.225),  # > 0
       resize='bicubic',  # 'bicubic' | 'bilinear', both with antialias
@@ -130,7 +144,7 @@ def get_config():
       mixup=0.0,  # Beta parameter of mixup; 0 = off.
       cutmix=0.0,  # Beta parameter of CutMix; 0 = off.
       # MiB of uint8 images (train + eval) kept on the device; larger sets
-      # stream from the host.
+      # stream from the host, as folders always do.
       resident_mib=2048,
       workers=0,  # Decoding processes when streaming; 0 = threads.
     )
@@ -202,8 +216,13 @@ def get_config():
   c.eval = ml_collections.ConfigDict(
     dict(
       batch_size=256,  # Images a step, over all devices.
-      num_examples=0,  # Evaluate the first N images; 0 = all.
+      # Evaluate the first N images (folder: N spread over the classes); 0 =
+      # all.
+      num_examples=0,
       every=0,  # Updates between evaluations; 0 = once an epoch.
+      # --mode=predict: a folder, searched with those below it, or one file.
+      images='',
+      top_k=5,  # --mode=predict: likeliest classes that are named; >= 1.
     )
   )
 

@@ -27,7 +27,11 @@ _KEY = 'qvit_jax'
 
 
 def save(
-  packed: Packed, path: pathlib.Path, architecture: dict[str, Any]
+  packed: Packed,
+  path: pathlib.Path,
+  architecture: dict[str, Any],
+  *,
+  class_names: Sequence[str] = (),
 ) -> int:
   """Writes a packed model; returns the bytes of the file.
 
@@ -56,6 +60,7 @@ def save(
     },
     'kernels': kernels,
     'rectify': getattr(packed.ops.rectify, 'form', ''),
+    'class_names': list(class_names),
   }
   flat = tree.flatten(packed.variables)
   tensors = {
@@ -86,6 +91,11 @@ def is_artifact(path: str) -> bool:
   """Returns whether a path names a packed model of ours, by its content."""
   place = pathlib.Path(path)
   return place.is_file() and _KEY in weights.read_metadata(place)
+
+
+def read_class_names(path: pathlib.Path) -> list[str]:
+  """Returns the class names in a packed model's file; [] where it has none."""
+  return json.loads(weights.read_metadata(path)[_KEY]).get('class_names', [])
 
 
 def load(

@@ -1,11 +1,15 @@
 """What `--mode=benchmark` times of an experiment and its float twin. Row 8."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qvit_jax.data.bare_loop import BareLoop
+from qvit_jax.data.batches import StreamedSplit
+from qvit_jax.data.listing import Files
 from qvit_jax.evaluation import benchmark as timing
 from qvit_jax.experiment import Experiment
 
@@ -13,6 +17,7 @@ from qvit_jax.experiment import Experiment
 # backward; a multiply-accumulate is two operations.
 _TRAIN_FLOPS_PER_MAC = 6
 _INFERENCE_FLOPS_PER_MAC = 2
+_LOADED = 4096  # images of one timed turn of the loader
 
 
 class _Stepper:
@@ -117,6 +122,49 @@ def time_inference(
   }  # fmt: skip
 
 
+def time_loader(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
+  """Returns images/s of the loader and of a bare decoding loop in turns.
+
+  {} where no files are read. No image goes to a device.
+
+  Args:
+    experiment: With a training split.
+    rounds: Timed turns of each.
+  """
+  split = experiment.data.train
+  if not isinstance(split, StreamedSplit) or not isinstance(
+    split.records, Files
+  ):
+    return {}
+  batch = experiment.config.train.batch_size
+  steps = max(1, -(-_LOADED // batch))
+  batches = split.train_batches(
+      seed=experiment.config.seed, batch=batch, rows=slice(0, batch),
+      first=1, last=10**6,
+  )  # fmt: skip
+  # What workers have ready when their turn comes does not count.
+  ready = 2 * max(split.workers, 4)
+  paths = [split.records[i % split.size][0] for i in range(steps * batch)]
+  rates: dict[str, list[float]] = {'loader': [], 'bare': []}
+  with BareLoop() as bare:
+    for _ in range(rounds):
+      for _ in range(ready):
+        next(batches)
+      started = time.perf_counter()
+      for _ in range(steps):
+        next(batches)
+      rates['loader'].append(steps * batch / (time.perf_counter() - started))
+      rates['bare'].append(len(paths) / bare.seconds(paths))
+    cores = bare.cores
+  return {
+    'workers': split.workers,
+    'cores': cores,
+    'images_per_second': timing.spread(rates['loader']),
+    'bare_images_per_second': timing.spread(rates['bare']),
+    'ratio': timing.ratio(rates['loader'], rates['bare']),
+  }
+
+
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
   if 'float' not in seconds:
     return {}
@@ -160,4 +208,12 @@ def table(result: dict[str, Any]) -> str:
       lines.append(
         f'{part} {name}: {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
       )
+  if loader := result.get('loader'):
+    r, bare = loader['ratio'], loader['bare_images_per_second']['median']
+    lines.append(
+      f'loader, {loader["workers"]} workers: '
+      f'{loader["images_per_second"]["median"]:.0f} images/s; a bare loop on '
+      f'{loader["cores"]} cores: {bare:.0f}; '
+      f'ratio {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
+    )
   return '\n'.join(lines)

@@ -72,13 +72,14 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
       'positive number'
     )
-  if config.quant.recipe == 'ptq' and mode != 'eval':
+  if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
     recipes = 'none'
     if mode not in ('ptq', 'sensitivity'):
       recipes = 'none, aqt, lsq, statsq or qvit'
     raise ConfigError(
       "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
-      f'reads; for --mode={mode} set --config.quant.recipe={recipes}'
+      f'and --mode=predict read; for --mode={mode} set '
+      f'--config.quant.recipe={recipes}'
     )
   if config.quant.calibration_path and config.quant.steps == 'per_head':
     raise ConfigError(

@@ -327,6 +327,7 @@ class Experiment:
       'architecture': models.architecture(self.config),
       'plan': self.model.plan.digest_lines(),
       'class_names': list(self.data.class_names),
+      'data_digest': self.data.digest,
     }
 
   # Compiled functions.
@@ -432,23 +433,25 @@ class Experiment:
       out_shardings=self.whole_sharding,
     )
     source = self.replicate(self.data.eval.source)
+
+    def evaluate(variables, poll=lambda: None):
+      sums = EvalSums.zeros(self.config.model.num_classes)
+      return evaluate_lib.evaluate(
+          step, variables, source, self.eval_batches(), self.replicate(sums),
+          poll=poll,
+      )  # fmt: skip
+
+    return evaluate
+
+  def eval_batches(self) -> Iterator[Any]:
+    """Yields the placed batches of the evaluation split, in its order."""
     # A split smaller than a batch is not padded to a whole one.
     parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
     most = -(-self.data.eval.size // parts) * parts
     batch = min(self.config.eval.batch_size, most)
     rows = sharding.local_rows(self.mesh, batch)
-
-    def evaluate(variables, poll=lambda: None):
-      hosts = self.data.eval.eval_batches(batch=batch, rows=rows)
-      placed = (
-        sharding.place_batch(host, self.mesh, batch, rows) for host in hosts
-      )
-      sums = EvalSums.zeros(self.config.model.num_classes)
-      return evaluate_lib.evaluate(
-        step, variables, source, placed, self.replicate(sums), poll=poll
-      )
-
-    return evaluate
+    for host in self.data.eval.eval_batches(batch=batch, rows=rows):
+      yield sharding.place_batch(host, self.mesh, batch, rows)
 
   def replicate(self, host: Any) -> Any:
     """Returns host arrays as one copy on every device."""

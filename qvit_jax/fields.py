@@ -86,11 +86,14 @@ LEGAL: dict[str, Check] = {
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
-  'data.source': _one_of('digits', 'tfds'),
+  'data.source': _one_of('digits', 'tfds', 'folder'),
   'data.name': _ANY,
   'data.dir': _ANY,
   'data.train_split': _ANY,
   'data.eval_split': _ANY,
+  'data.holdout': _BELOW_ONE,
+  'data.bad_files': _ZERO_UP,
+  'data.max_pixels': _number(1, 89_478_486),
   'data.mean': _channels(positive=False),
   'data.std': _channels(positive=True),
   'data.resize': _one_of('bicubic', 'bilinear'),
@@ -139,6 +142,8 @@ LEGAL: dict[str, Check] = {
   'eval.batch_size': _ONE_UP,
   'eval.num_examples': _ZERO_UP,
   'eval.every': _ZERO_UP,
+  'eval.images': _ANY,
+  'eval.top_k': _ONE_UP,
   'ptq.rows': _strings(),
   'ptq.calibration_examples': _ONE_UP,
   'ptq.calibration_path': _ANY,
@@ -262,6 +267,16 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         'model.size is set; add --config.model.size=',
     ),
     (
+        ('data.holdout', 'data.bad_files', 'data.max_pixels'),
+        lambda c: c.data.source == 'folder' or c.eval.images,
+        'no image files are read; set --config.data.source=folder',
+    ),
+    (
+        ('data.resident_mib',),
+        lambda c: c.data.source != 'folder',
+        'folders are always streamed',
+    ),
+    (
         ('optim.momentum',),
         lambda c: c.optim.name == 'sgd',
         'only sgd has it; set --config.optim.name=sgd',
@@ -345,23 +360,31 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 # Fields of `quant` that count in training alone.
 _TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
              'quant.dgd', 'quant.backward_bits')  # fmt: skip
+# Fields that count in --mode=predict alone.
+_PREDICT = ('eval.images', 'eval.top_k')
 
 # Sections and fields that a mode does not read; a flag for one of them is
 # mentioned.
 UNUSED = {
-    'train': ('export', 'ptq'),
-    'eval': ('optim', 'train', 'export', 'ptq', *_TRAINING),
-    'ptq': ('optim', 'train', 'export', 'log', 'mesh'),
-    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh'),
+    'train': ('export', 'ptq', *_PREDICT),
+    'eval': ('optim', 'train', 'export', 'ptq', *_TRAINING, *_PREDICT),
+    'predict': ('optim', 'train', 'log', 'seed', 'export', 'ptq',
+                'data.source', 'data.name', 'data.dir', 'data.train_split',
+                'data.eval_split', 'data.holdout', 'data.bad_files', 'data.pad',
+                'data.flip', 'data.erase', 'data.mixup', 'data.cutmix',
+                'data.resident_mib', 'eval.num_examples', 'eval.every',
+                *_TRAINING),
+    'ptq': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
               'mesh', 'log', 'seed', 'export', 'ptq', *_TRAINING),
     # It times the first updates of stage 'all', from random weights.
     'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq',
                   'quant.calibration_path', 'quant.freeze', 'train.stages',
-                  'train.patience'),
+                  'train.patience', *_PREDICT),
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
                'ptq', *_TRAINING),
 }  # fmt: skip
 
 # The same of --mode=ptq where it trains: the curve sets these two itself.
-UNUSED_TRAINING = ('export', 'quant.default', 'quant.attention')
+UNUSED_TRAINING = ('export', 'quant.default', 'quant.attention', *_PREDICT)

@@ -27,9 +27,10 @@ from qvit_jax import (
   tree,
 )
 from qvit_jax import config as config_lib
+from qvit_jax import predict as predict_lib
 from qvit_jax import sensitivity as sensitivity_lib
 from qvit_jax import teacher as teacher_lib
-from qvit_jax.data import Data
+from qvit_jax.data import Data, open_images
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
@@ -41,6 +42,7 @@ from qvit_jax.training.writers import Writers, open_writers
 # Rounds of a benchmark: enough for percentiles, a minute or two for small
 # models on a CPU.
 _ROUNDS = 15
+_LOADER_ROUNDS = 5  # of some seconds each
 
 
 def run(
@@ -113,6 +115,8 @@ def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
   say(f'model     {experiment.model.title}')
   say(f'bits      {experiment.model.bits}')
   say(f'data      {experiment.data.description}')
+  for line in experiment.data.notes:
+    say(f'data      {line}')
   say(
     f'devices   {len(devices)} x {devices[0].device_kind} ({mesh}), '
     f'{jax.process_count()} process(es)'
@@ -152,10 +156,16 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     _write_results(
       experiment, place, progress.best, f'step {progress.best_step}'
     )
+    _say_bad_files(experiment)
     say(
       f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
       f'results in {place / "results.json"}'
     )
+
+
+def _say_bad_files(experiment: Experiment) -> None:
+  for line in experiment.data.bad_files.lines():
+    say(f'data      {line}')
 
 
 def _add_teacher(experiment: Experiment) -> None:
@@ -234,6 +244,7 @@ def evaluate(config: Any, workdir: str) -> None:
         'another checkpoint or train with a lower optim.lr'
       )
     _write_results(experiment, place, metrics, origin[0].partition(' of ')[0])
+    _say_bad_files(experiment)
     say(
       '  '.join(
         f'{name} {metrics[name]:.6f}'
@@ -259,6 +270,27 @@ def _write_results(
   row = report.make_row(name=name, **facts, **metrics)
   resolved = config_lib.to_json(experiment.config)
   files.write_json(place / 'results.json', report.results(resolved, row, []))
+
+
+def predict(config: Any, workdir: str) -> None:
+  """Names the likeliest classes of every image of `eval.images`."""
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=predict runs in one process; start it once')
+  with _opened(workdir) as place:
+    packed = restore.open_packed(config)
+    names, line = restore.class_names_of_eval(config, place)
+    data = open_images(config, names)
+    experiment = Experiment(config, training=False, data=data, packed=packed)
+    _header('predict', experiment, place)
+    say(f'classes   {line}')
+    variables, origin = restore.start_of_eval(experiment, place)
+    for line in origin:
+      say(f'start     {line}')
+    found = predict_lib.predict(experiment, variables)
+    text, count = predict_lib.to_text(found, data.eval.size)
+    files.write_text(place / 'predictions.jsonl', text)
+    _say_bad_files(experiment)
+    say(f'{count:,} images; results in {place / "predictions.jsonl"}')
 
 
 def sites(config: Any, workdir: str) -> None:
@@ -293,6 +325,7 @@ def benchmark(config: Any, workdir: str) -> None:
       },
       'train': benchmarks.time_training(twins, rounds=_ROUNDS),
       'inference': benchmarks.time_inference(twins, rounds=_ROUNDS),
+      'loader': benchmarks.time_loader(experiment, rounds=_LOADER_ROUNDS),
     }
     if jax.process_index() == 0:
       files.write_json(place / 'benchmark.json', result)
@@ -398,4 +431,5 @@ MODES: dict[str, Callable[[Any, str], None]] = {
   'export': export,
   'ptq': ptq,
   'sensitivity': sensitivity,
+  'predict': predict,
 }

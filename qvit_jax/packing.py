@@ -38,7 +38,8 @@ def export(
   say(f'start     {origin}')
   packed = pack(variables, model.plan, model.ops, config.model.dtype)
   target, facts = place / 'export' / NAME, models.architecture(config)
-  size = artifacts.save(packed, target, facts)
+  names = restore.read_class_names(path)
+  size = artifacts.save(packed, target, facts, class_names=names)
   for name in ('model.safetensors', 'model.npz', 'config.json'):
     target.with_name(name).unlink(missing_ok=True)  # of another export
   again = artifacts.load(target, model.plan.sites, facts)

@@ -228,7 +228,8 @@ class Table:
       )  # fmt: skip
     path = self._artifact(row)
     architecture = models.architecture(self.config)
-    artifacts.save(packed, path, architecture)
+    names = self.experiment.data.class_names
+    artifacts.save(packed, path, architecture, class_names=names)
     return artifacts.load(path, self.sites, architecture)
 
   def _plans(self, row: Row, params) -> dict[str, ptq.SitePlan]:

@@ -1,6 +1,7 @@
 """Where a run's first arrays come from: checkpoints, old and new. Row 10."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -206,6 +207,7 @@ def _resume(
   metadata = own.metadata(step)
   place = own.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=True)
+  _check_classes(experiment, metadata['class_names'], place)
   there = config_lib.flatten(metadata['config'])
   for section, field in (('weights', 'path'), ('train', 'teacher')):
     pinned = there.get(f'{section}.{field}', '')
@@ -243,6 +245,8 @@ def _resume(
     f'changed since: {name} {there.get(name)!r} -> {here[name]!r}'
     for name in changed
   ]
+  if metadata.get('data_digest', '') != experiment.data.digest:
+    lines.append('changed since: the files of the data set')
   return state, Progress(**metadata['progress']), lines
 
 
@@ -283,6 +287,33 @@ def read_run(model: Model, path: str) -> tuple[dict[str, Any], str]:
       shapes = stored.saved_shapes(step, item, device)
       found |= tree.flatten(stored.restore(step, {item: shapes})[item])
   return found, str(place)
+
+
+def read_class_names(path: str) -> list[str]:
+  """Returns the class names of a run, by label.
+
+  Raises:
+    CheckpointError: There is none.
+  """
+  stored, step = find_checkpoint(path)
+  return stored.metadata(step)['class_names']
+
+
+def _check_classes(
+  experiment: Experiment, there: Sequence[str], place: pathlib.Path
+) -> None:
+  """Raises CheckpointError where labels mean other classes than in training."""
+  here = experiment.data.class_names
+  if list(there) == list(here):
+    return
+  what = f'{len(there)} classes there, {len(here)} here'
+  pairs = enumerate(zip(there, here, strict=False))
+  if differing := [(i, *pair) for i, pair in pairs if pair[0] != pair[1]]:
+    what = 'label {} is {!r} there, {!r} here'.format(*differing[0])
+  raise CheckpointError(
+    f'{place} was trained on other classes than those of the data set: {what}; '
+    'give the data set it was trained on, or choose another workdir'
+  )
 
 
 def check_float_run(field: str, path: str) -> None:
@@ -423,6 +454,28 @@ def open_packed(config: Any) -> Packed | None:
   return packed
 
 
+def class_names_of_eval(
+  config: Any, workdir: pathlib.Path
+) -> tuple[list[str], str]:
+  """Returns the names of the classes that `start_of_eval` will restore.
+
+  And a line that says whence.
+
+  Raises:
+    CheckpointError: There is no checkpoint.
+  """
+  path, names = config.checkpoint.path, []
+  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
+  if artifacts.is_artifact(path):
+    names = artifacts.read_class_names(pathlib.Path(path))
+  elif path or own.steps() or not config.weights.path:
+    names = read_class_names(path or str(workdir))
+  line = f'{len(names)} class names saved with the model'
+  if not names:
+    line = 'the model was saved without class names: numbers stand for them'
+  return names, line
+
+
 def start_of_eval(
   experiment: Experiment, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], list[str]]:
@@ -438,12 +491,15 @@ def start_of_eval(
   config, packed = experiment.config, experiment.model.packed
   if packed:
     path = pathlib.Path(config.checkpoint.path)
+    if names := artifacts.read_class_names(path):
+      _check_classes(experiment, names, path)
     return experiment.replicate(packed.variables), [f'{path.stem} of {path}']
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
   if config.checkpoint.path or own.steps() or not config.weights.path:
-    variables, origin = restore_variables(
-      experiment, config.checkpoint.path or str(workdir), same_plan=True
-    )
+    source = config.checkpoint.path or str(workdir)
+    variables, origin = restore_variables(experiment, source, same_plan=True)
+    names = read_class_names(source)
+    _check_classes(experiment, names, pathlib.Path(source))
     lines = [f'{origin}, digests verified']
     if config.weights.path:
       lines.append('note: there is a checkpoint, so weights.path is not read')

@@ -28,6 +28,7 @@ ROWS = {
   'calibration': 9,
   'sensitivity': 10,
   'findings': 10,
+  'predict': 10,
   'curve': 10,
   'ptq_table': 11,
   'restore': 10,

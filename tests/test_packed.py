@@ -301,7 +301,8 @@ def test_only_eval_reads_a_packed_model(mode, tmp_path):
   recipe = 'none'
   if mode not in ('ptq', 'sensitivity'):
     recipe = 'none, aqt, lsq, statsq or qvit'
-  fails(ConfigError, mode, config, tmp_path, 'only --mode=eval reads',
+  fails(ConfigError, mode, config, tmp_path,
+        'only --mode=eval and --mode=predict read',
         f'for --mode={mode} set --config.quant.recipe={recipe}')  # fmt: skip
 
 

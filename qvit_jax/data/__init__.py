@@ -1,12 +1,16 @@
 """Data sets: what a config names, as two splits of batches. Row 4."""
 
 import dataclasses
+import functools
 import math
+import os
+from collections.abc import Sequence
 
-from qvit_jax.data import batches, digits, preprocess
+from qvit_jax.data import batches, digits, folder_source, listing, preprocess
+from qvit_jax.data.decode import BadFiles, printable, read_image
 from qvit_jax.errors import ConfigError, DataError
 
-__all__ = ['Data', 'find_data', 'open_data', 'preprocess']
+__all__ = ['Data', 'find_data', 'open_data', 'open_images', 'preprocess']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +22,18 @@ class Data:
     eval: Split that is evaluated.
     class_names: In label order.
     description: One line for the header of a run.
+    notes: More lines: what was left out, what was held out.
+    digest: Of the files' names and labels; '' where there are no files.
+    bad_files: What could not be decoded so far.
   """
 
   train: batches.ResidentSplit | batches.StreamedSplit | None
   eval: batches.ResidentSplit | batches.StreamedSplit
   class_names: tuple[str, ...]
   description: str
+  notes: Sequence[str] = ()
+  digest: str = ''
+  bad_files: BadFiles = dataclasses.field(default_factory=lambda: BadFiles(0))
 
 
 def open_data(config, *, training: bool) -> Data:
@@ -39,6 +49,8 @@ def open_data(config, *, training: bool) -> Data:
   """
   if config.data.source == 'digits':
     return _open_digits(config, training)
+  if config.data.source == 'folder':
+    return _open_folder(config, training)
   return _open_tfds(config, training)
 
 
@@ -46,6 +58,8 @@ def find_data(config) -> None:
   """Raises DataError if the data set is not there, before anything is built."""
   if config.data.source == 'tfds':
     _open_builder(config)
+  elif config.data.source == 'folder':
+    _folder_splits(config.data)
 
 
 def _open_builder(config):
@@ -109,6 +123,81 @@ def _open_tfds(config, training: bool) -> Data:
   train = streamed(*train) if training else None
   evaluation = streamed(*evaluation, limit=limit)
   return Data(train, evaluation, names, _describe(data.name, train, evaluation))
+
+
+def _folder_splits(data) -> tuple[str, str, list[str]]:
+  if data.name or not data.dir:
+    what = (
+      f'has no use for data.name={data.name!r}' if data.name else 'needs it'
+    )
+    raise ConfigError(
+      f"data.source='folder' {what}; set --config.data.dir to the folder that "
+      'holds the splits, and leave data.name empty'
+    )
+  return folder_source.resolve_splits(data)
+
+
+def _open_folder(config, training: bool) -> Data:
+  data = config.data
+  *splits, notes = _folder_splits(data)
+  folder = folder_source.Folder(data.dir, splits)
+  name = os.path.basename(folder.root) or folder.root
+  _check_classes(config, data.dir, folder.class_names)
+  parts = [folder.list_split(splits[0])] if training else []
+  parts.append(folder.list_split(splits[1]).spread(config.eval.num_examples))
+  bad_files = BadFiles(data.bad_files)
+  made = [_file_split(config, files, bad_files) for files in parts]
+  train, evaluation = made[0] if training else None, made[-1]
+  described = _describe(printable(name), train, evaluation)
+  return Data(
+      train, evaluation, folder.class_names,
+      f'{described}, {len(folder.class_names)} classes',
+      notes=(*notes, *folder.notes), digest=listing.digest(parts),
+      bad_files=bad_files,
+  )  # fmt: skip
+
+
+def open_images(config, class_names: Sequence[str]) -> Data:
+  """Returns the images of `eval.images`, unlabelled, as the evaluation split.
+
+  Args:
+    config: A whole config.
+    class_names: In label order.
+
+  Raises:
+    DataError: There are none.
+    ConfigError: The field is empty.
+  """
+  path = config.eval.images
+  if not path:
+    raise ConfigError(
+      '--mode=predict needs images; set --config.eval.images to a folder of '
+      'them or to one file'
+    )
+  files, notes = listing.list_images('eval.images', path)
+  bad_files = BadFiles(None)
+  split = _file_split(config, files, bad_files)
+  return Data(
+      None, split, tuple(class_names),
+      f'{len(files):,} images of {printable(path)}', notes=notes,
+      bad_files=bad_files,
+  )  # fmt: skip
+
+
+def _file_split(config, files, bad_files: BadFiles) -> batches.StreamedSplit:
+  size, most = config.model.image_size, config.data.max_pixels
+  return batches.StreamedSplit(
+    files,
+    functools.partial(_decode, max_pixels=most, size=size),
+    image_size=size,
+    num_classes=config.model.num_classes,
+    workers=config.data.workers,
+    bad_files=bad_files,
+  )
+
+
+def _decode(record, *, max_pixels: int, size: int):
+  return read_image(record[0], max_pixels=max_pixels, size=size), record[1]
 
 
 def _fits(data, shape, train, evaluation) -> bool:

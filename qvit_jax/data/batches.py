@@ -13,12 +13,21 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
+from qvit_jax.data.decode import BadFiles, BadImageError, printable
 from qvit_jax.data.order import Order, numbers_of
 from qvit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
+
+# Files in a row that may be bad where the next good one is looked for.
+_TRIES = 32
+# Of fewer images an evaluation is over before worker processes would be up.
+_FEW = 10_000
+# Threads that decode without workers, and how far ahead of the training.
+_THREADS, _BATCHES_AHEAD = 16, 4
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
@@ -82,8 +91,12 @@ class StreamedSplit:
     decode: Record to (uint8 image [h, w, 3], label).
     image_size: Images are resized on the shorter side and centre-cropped.
     num_classes: Labels must lie below it.
-    workers: Processes that decode; 0 decodes in threads.
+    workers: Processes that decode; 0 decodes in threads, as evaluations of
+      few images do.
     limit: Only the first so many examples; 0 = all.
+    bad_files: Where examples are booked whose `decode` raises BadImageError.
+      Training reads the next good one of the list instead, a function of the
+      files alone; evaluation masks them.
   """
 
   records: Any
@@ -92,6 +105,7 @@ class StreamedSplit:
   num_classes: int
   workers: int
   limit: int = 0
+  bad_files: BadFiles | None = None
 
   @property
   def size(self) -> int:
@@ -112,12 +126,11 @@ class StreamedSplit:
 
     def example(i: int):
       step, row = first + i // share, i % share
-      return self._example(
-        int(order(numbers_of(step, batch, rows)[row : row + 1])[0])
-      )
+      return self._example(order.at((step - 1) * batch + rows.start + row))
 
-    total = (last - first + 1) * share
-    yield from self._load(grain.MapDataset.range(total).map(example), share)
+    for loaded in self._load(example, last - first + 1, share, self.workers):
+      self._book(loaded.pop('record'), loaded.pop('skipped'))
+      yield loaded
 
   def eval_batches(self, *, batch: int, rows: slice) -> Iterator[Batch]:
     """Yields every example once, in order; `mask` is 0 on padding."""
@@ -127,27 +140,80 @@ class StreamedSplit:
     def example(i: int):
       number = (i // share) * batch + rows.start + i % share
       record = self._example(min(number, self.size - 1))
-      return record | {'mask': np.float32(number < self.size)}
+      counts = number < self.size and not record['skipped']
+      return record | {'mask': np.float32(counts)}
 
-    examples = grain.MapDataset.range(steps * share).map(example)
-    yield from self._load(examples, share)
+    workers = self.workers if self.size > _FEW else 0
+    for loaded in self._load(example, steps, share, workers):
+      # Files that were read in place of a bad one have their own turn.
+      self._book(loaded.pop('record'), np.minimum(loaded.pop('skipped'), 1))
+      yield loaded
 
-  def _load(self, examples: grain.MapDataset, share: int) -> Iterator[Batch]:
-    batches = examples.batch(share, drop_remainder=True)
-    threads = grain.ReadOptions(num_threads=0 if self.workers else 16)
-    loader = batches.to_iter_dataset(threads)
-    if self.workers:
-      options = grain.MultiprocessingOptions(num_workers=self.workers)
-      loader = loader.mp_prefetch(options)
-    return iter(loader)
+  def _load(
+    self, example: Callable[[int], Batch], steps: int, share: int, workers: int
+  ) -> Iterator[Batch]:
+    """Yields batches of `share` examples each, numbered from 0."""
+    if not workers:
+      examples = grain.MapDataset.range(steps * share).map(example)
+      ahead = max(_THREADS, _BATCHES_AHEAD * share)
+      loader = examples.to_iter_dataset(grain.ReadOptions(_THREADS, ahead))
+      yield from loader.batch(share, drop_remainder=True)
+      return
+    if not flags.FLAGS.is_parsed():  # grain has flags of its own
+      flags.FLAGS.mark_as_parsed()
+
+    def batch(step: int) -> Batch:
+      rows = [example(step * share + row) for row in range(share)]
+      return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    # A whole batch is one element: grain's cost an element is that of a tenth
+    # of a small image.
+    loader = (
+      grain.MapDataset.range(steps)
+      .map(batch)
+      .to_iter_dataset(grain.ReadOptions(num_threads=0))
+    )
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    for loaded in loader.mp_prefetch(options):
+      # Copied, because JAX would keep the workers' shared memory in use.
+      yield {name: np.array(value) for name, value in loaded.items()}
 
   def _example(self, index: int) -> dict[str, np.ndarray]:
-    image, label = self.decode(self.records[index])
-    check_labels(np.asarray([label]), self.num_classes)
+    """Returns the example, or the next good one, and how many were skipped."""
+    for skipped in range(_TRIES):
+      try:
+        image, label = self.decode(self.records[(index + skipped) % self.size])
+      except BadImageError:
+        continue
+      break
+    else:  # zeros stand in until the files are booked
+      skipped, label = _TRIES, 0
+      image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    if not 0 <= label < self.num_classes:
+      check_labels(np.asarray([label]), self.num_classes)
     return {
       'image': fit(image, self.image_size),
       'label': np.int32(label),
+      'record': np.int32(index),
+      'skipped': np.int32(skipped),
     }
+
+  def _book(self, records: np.ndarray, skipped: np.ndarray) -> None:
+    """Books bad files in this process: those that decode have no output."""
+    for i in np.flatnonzero(skipped):
+      for index in range(records[i], records[i] + skipped[i]):
+        record = self.records[index % self.size]
+        try:
+          self.decode(record)
+          reason = 'now it can be read'
+        except BadImageError as error:
+          reason = str(error)
+        self.bad_files.add(record[0], reason)
+      if skipped[i] == _TRIES:
+        raise DataError(
+          f'{printable(record[0])} and the {_TRIES - 1} files before it cannot '
+          'be decoded; mend or delete them'
+        )
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:

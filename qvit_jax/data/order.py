@@ -26,6 +26,11 @@ class Order:
       out[here] = self._permutation(int(epoch))[positions[here]]
     return out
 
+  def at(self, number: int) -> int:
+    """Returns the index for one number."""
+    epoch, position = divmod(number, self._size)
+    return int(self._permutation(epoch)[position])
+
   def _permutation(self, epoch: int) -> np.ndarray:
     known = self._epochs
     if epoch in known:

@@ -1,0 +1,311 @@
+"""Folders: split/class/file, or Tiny-ImageNet as distributed. Row 4.
+
+A split may be a share of its folder, in TFDS's syntax: 'train[:80%]'. Such
+shares are stratified and do not depend on `seed`, so that 'train[:80%]',
+'train[80%:90%]' and 'train[90%:]' never share a file, in any run.
+"""
+
+import collections
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvit_jax.data.decode import printable
+from qvit_jax.data.listing import (
+  SUFFIXES,
+  Files,
+  check_folder,
+  check_inside,
+  is_image,
+  lines,
+  scan,
+  some,
+  stratify,
+)
+from qvit_jax.errors import ConfigError, DataError
+
+HOLDOUT = 0.1  # the default of data.holdout
+_SHARE = re.compile(r'(.+?)\[(?:([\d.]+)%)?:(?:([\d.]+)%)?\]')
+
+
+class Folder:
+  """A folder of labelled images.
+
+  Attributes:
+    root: Its path, without links.
+    class_names: In label order.
+    notes: Lines about what listing it left out or made up.
+  """
+
+  def __init__(self, directory: str, splits: Sequence[str]):
+    """Finds the classes.
+
+    Args:
+      directory: `data.dir`.
+      splits: The names of the training and the evaluation split.
+
+    Raises:
+      DataError: There are no classes, one, or other ones in each split.
+      ConfigError: A split is misspelt.
+    """
+    self.root = os.path.realpath(directory)
+    self.notes: list[str] = []
+    self._ignored: list[str] = []
+    self._listed: dict[str, Files] = {}
+    self._is_tiny = os.path.isfile(os.path.join(self.root, 'wnids.txt'))
+    self._bases = dict.fromkeys(_parse(split)[0] for split in splits)
+    self._ids = self._find_ids()
+    if len(self._ids) < 2:
+      raise DataError(
+        f'{printable(self.root)} has one class only ({some(self._ids)}); give '
+        'each of two or more classes a folder of its own'
+      )
+    self.class_names = self._names()
+
+  def list_split(self, split: str) -> Files:
+    """Returns the files of a split.
+
+    Raises:
+      DataError: It is missing or empty, a class in it is empty, or a link
+        leads out of the folder.
+    """
+    base, low, high = _parse(split)
+    if base not in self._listed:
+      self._listed[base] = self._list_base(base)
+    files = self._listed[base]
+    if (low, high) != (0, 1):
+      first, last = (round(len(files) * share) for share in (low, high))
+      files = files.take(stratify(files.labels)[first:last])
+      self._note_share(split, files)
+    if not len(files):
+      raise DataError(f'split {split!r} of {printable(self.root)} is empty')
+    return files
+
+  def has_split(self, split: str) -> bool:
+    """Returns whether the folder of a split is there."""
+    return os.path.isdir(os.path.join(self.root, _parse(split)[0]))
+
+  # Classes.
+
+  def _find_ids(self) -> tuple[str, ...]:
+    found = {
+      base: self._class_folders(base)
+      for base in self._bases
+      if self.has_split(base) and not os.path.isfile(self._annotations(base))
+    }
+    if self._is_tiny:
+      listed = lines(os.path.join(self.root, 'wnids.txt'))
+      found = {'wnids.txt': tuple(filter(None, listed)), **found}
+    if not found:
+      raise DataError(_no_split(self.root, next(iter(self._bases))))
+    (first, ids), *others = found.items()
+    for other, there in others:
+      more = [sorted(set(ids) - set(there)), sorted(set(there) - set(ids))]
+      only = [
+        f'only in {where}: {some(list(map(printable, names)))}'
+        for where, names in zip((first, other), more, strict=True)
+        if names
+      ]
+      if only:
+        raise DataError(
+          f'the class folders of {first} and {other} in '
+          f'{printable(self.root)} differ: {"; ".join(only)}; give both the '
+          'same classes'
+        )
+    if len(set(ids)) < len(ids):
+      raise DataError(
+        f'{first} of {printable(self.root)} names a class twice; mend it'
+      )
+    return ids
+
+  def _class_folders(self, base: str) -> tuple[str, ...]:
+    place = self._checked(base)
+    names = [
+      entry.name
+      for entry in scan(place)
+      if not entry.name.startswith('.') and entry.is_dir()
+    ]
+    if not names or names == ['images']:
+      raise DataError(
+        f'{printable(place)} holds no class folders, so its images have no '
+        f'labels; give each class a folder {base}/CLASS, or choose another '
+        'split'
+      )
+    return tuple(sorted(names))
+
+  def _names(self) -> tuple[str, ...]:
+    """Returns what people call the classes: words.txt, else their folders."""
+    path, words = os.path.join(self.root, 'words.txt'), {}
+    if self._is_tiny and os.path.isfile(path):
+      words = dict(line.split('\t', 1) for line in lines(path) if '\t' in line)
+    names = [printable(words.get(one, one)) for one in self._ids]
+    counts = collections.Counter(names)
+    return tuple(
+      name if counts[name] == 1 else f'{name} ({one})'
+      for name, one in zip(names, self._ids, strict=True)
+    )
+
+  # Files.
+
+  def _annotations(self, base: str) -> str:
+    name = f'{os.path.basename(base)}_annotations.txt'
+    return os.path.join(self.root, base, name)
+
+  def _list_base(self, base: str) -> Files:
+    self._ignored = []
+    self._checked(base)
+    if os.path.isfile(annotations := self._annotations(base)):
+      files = self._list_annotated(base, annotations)
+    else:
+      files = self._list_classes(base)
+    if self._ignored:
+      self.notes.append(
+        f'{base}: {len(self._ignored):,} entries are hidden or no image files '
+        f'and are not read: {some(list(map(printable, self._ignored)))}'
+      )
+    return files
+
+  def _list_classes(self, base: str) -> Files:
+    names: list[str] = []
+    counts = []
+    for one in self._ids:
+      folder = os.path.join(base, one)
+      self._checked(folder)
+      below = os.path.join(folder, 'images')
+      if self._is_tiny and os.path.isdir(os.path.join(self.root, below)):
+        folder = below
+      found = self._list_images(folder)
+      if not found:
+        raise DataError(
+          f'class {printable(one)!r} is empty: {printable(folder)} in '
+          f'{printable(self.root)} holds no file that ends in '
+          f'{", ".join(SUFFIXES)}; delete the folder or fill it'
+        )
+      names += found
+      counts.append(len(found))
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return Files(self.root, tuple(names), labels)
+
+  def _list_annotated(self, base: str, path: str) -> Files:
+    """Lists SPLIT/images by SPLIT/SPLIT_annotations.txt (file, tab, class)."""
+    number = {one: label for label, one in enumerate(self._ids)}
+    place = os.path.join(base, 'images')
+    found = set(self._list_images(place))
+    labelled = {}
+    for line in filter(None, lines(path)):
+      file, _, rest = line.partition('\t')
+      one, name = rest.partition('\t')[0], os.path.join(place, file)
+      if one not in number or name not in found:
+        what = f'the class {one!r}' if one not in number else f'no file {file}'
+        raise DataError(
+          f'{printable(path)}: {line!r} names {what} that is not there; mend '
+          'it, or unpack the data set again'
+        )
+      labelled[name] = number[one]
+    self._ignored += sorted(found - set(labelled))
+    names = sorted(labelled, key=lambda name: (labelled[name], name))
+    labels = np.array([labelled[name] for name in names], np.int32)
+    return Files(self.root, tuple(names), labels)
+
+  def _list_images(self, folder: str) -> list[str]:
+    """Returns the names of the image files in a folder, sorted."""
+    found = []
+    for entry in scan(self._checked(folder)):
+      name = os.path.join(folder, entry.name)
+      if entry.is_symlink():
+        check_inside(self.root, name)
+      if is_image(entry):
+        found.append(name)
+      else:
+        self._ignored.append(name)
+    return sorted(found)
+
+  def _checked(self, name: str) -> str:
+    """Returns the path of a folder in the root."""
+    place = os.path.join(self.root, name)
+    if not os.path.isdir(place):
+      raise DataError(_no_split(self.root, name))
+    check_inside(self.root, name)
+    return place
+
+  def _note_share(self, split: str, files: Files) -> None:
+    missing = len(self.class_names) - len(np.unique(files.labels))
+    self.notes.append(
+      f'{split} is a stratified share of its folder'
+      + (f'; it has no image of {missing} classes' if missing else '')
+    )
+
+
+def resolve_splits(data) -> tuple[str, str, list[str]]:
+  """Returns the training split, the evaluation split and lines about them.
+
+  Where `data.eval_split` has no folder and the training folder is the only
+  one, `data.holdout` of that is held out.
+
+  Args:
+    data: The section `data` of a config.
+
+  Raises:
+    DataError: The folder is missing or empty, or a split has none in it.
+    ConfigError: A split is misspelt, or data.holdout has no effect.
+  """
+  check_folder('data.dir', data.dir)
+  train, evaluation = _parse(data.train_split), _parse(data.eval_split)
+  folder = lambda split: os.path.join(data.dir, split[0])
+  if os.path.isdir(folder(evaluation)):
+    if data.holdout != HOLDOUT:
+      raise ConfigError(
+        f'data.holdout={data.holdout:g} would have no effect: '
+        f'data.eval_split={data.eval_split!r} is there; leave data.holdout '
+        'out, or choose shares such as '
+        "--config.data.train_split='train[:90%]' "
+        "--config.data.eval_split='train[90%:]'"
+      )
+    return data.train_split, data.eval_split, []
+  others = [
+    entry.name
+    for entry in scan(data.dir)
+    if entry.is_dir() and entry.name != train[0] and entry.name[0] != '.'
+  ]
+  if not os.path.isdir(folder(train)) or others or not data.holdout:
+    raise DataError(_no_split(data.dir, evaluation[0]))
+  if train[1:] != (0, 1) or evaluation[1:] != (0, 1):
+    raise DataError(
+      f'data.eval_split={data.eval_split!r} has no folder in {data.dir}; name '
+      f"a share of what is there, such as '{train[0]}[90%:]'"
+    )
+  percent = f'{100 * (1 - data.holdout):g}%'
+  line = (
+    f'{data.eval_split!r} has no folder: {data.holdout:.0%} of {train[0]!r} is '
+    'held out'
+  )
+  return f'{train[0]}[:{percent}]', f'{train[0]}[{percent}:]', [line]
+
+
+def _parse(split: str) -> tuple[str, float, float]:
+  """Returns (folder, first share, last share) of a split."""
+  if '[' not in split and split:
+    return split, 0, 1
+  found = _SHARE.fullmatch(split)
+  low, high = (0.0, 1.0)
+  if found:
+    low = float(found[2] or 0) / 100
+    high = float(found[3] or 100) / 100
+  if not found or not 0 <= low < high <= 1:
+    raise ConfigError(
+      f'data split {split!r} is malformed; give the name of a folder, or a '
+      "share of it in percent such as 'train[:80%]' or 'train[80%:90%]'"
+    )
+  return found[1], low, high
+
+
+def _no_split(root: str, name: str) -> str:
+  there = [e.name for e in scan(root) if e.is_dir() and e.name[0] != '.']
+  return (
+    f'{printable(root)} has no folder {printable(name)!r}; it has '
+    f'{some(sorted(map(printable, there))) if there else "no folders"}. Images'
+    ' are looked for in SPLIT/CLASS/: set --config.data.dir, '
+    '--config.data.train_split and --config.data.eval_split so'
+  )

@@ -1,0 +1,81 @@
+"""What `--mode=predict` says of each image. Row 10."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import rich.progress
+
+from qvit_jax.data import preprocess
+from qvit_jax.errors import DivergedError
+from qvit_jax.experiment import Experiment
+
+
+def predict(
+  experiment: Experiment, variables: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+  """Yields the likeliest classes of each image of the evaluation split.
+
+  Images that cannot be decoded are left out; `data.bad_files` has them.
+
+  Args:
+    experiment: Its evaluation split is `data.open_images`.
+    variables: What to apply, by collection.
+
+  Yields:
+    file (relative to the folder) and classes, likeliest first, each with name,
+    index and probability.
+
+  Raises:
+    DivergedError: A logit is not finite.
+  """
+  config, split = experiment.config, experiment.data.eval
+  data, size = config.data, config.model.image_size
+  count = min(config.eval.top_k, config.model.num_classes)
+
+  def best(variables, images):
+    logits = experiment.model.module.apply(
+      variables, preprocess.prepare_eval(images, data=data, size=size)
+    )
+    return jax.lax.top_k(jax.nn.softmax(logits), count)
+
+  best = jax.jit(best, out_shardings=experiment.whole_sharding)
+  position = 0
+  for batch in experiment.eval_batches():
+    probabilities, indices = jax.device_get(best(variables, batch['image']))
+    if not np.isfinite(probabilities).all():
+      raise DivergedError(
+        'the model gives outputs that are not finite; predict with another '
+        'checkpoint'
+      )
+    for row in np.flatnonzero(np.asarray(batch['mask'])):
+      classes = zip(indices[row], probabilities[row], strict=True)
+      yield {
+        'file': split.records.names[position + row],
+        'classes': [
+          {
+            'name': _name(experiment, int(index)),
+            'index': int(index),
+            'probability': float(probability),
+          }
+          for index, probability in classes
+        ],
+      }
+    position += len(batch['mask'])
+
+
+def _name(experiment: Experiment, index: int) -> str:
+  names = experiment.data.class_names
+  return names[index] if index < len(names) else f'class {index}'
+
+
+def to_text(found: Iterator[dict[str, Any]], total: int) -> tuple[str, int]:
+  """Returns JSON, a line an image, and how many there are; shows a bar."""
+  shown = rich.progress.track(
+      found, 'predict', total=total, disable=not sys.stdout.isatty()
+  )  # fmt: skip
+  lines = [json.dumps(one) for one in shown]
+  return ''.join(line + '\n' for line in lines), len(lines)
