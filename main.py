@@ -9,6 +9,7 @@ Modes:
   ptq          quantize a trained float model, a table of methods and bits
   sensitivity  quantize each product alone; rank them, choose bits for each
   sites        print every quantizable product with its bits; needs no workdir
+  merge_lora   fold the adapters of a run with lora.rank into its kernels
   benchmark    time the model beside its float twin
   export       write the weights in the layout of timm, transformers or others,
                or packed into integers
@@ -30,6 +31,7 @@ import sys
 
 _MODES = (
     'train', 'eval', 'sites', 'benchmark', 'export', 'ptq', 'sensitivity',
+    'merge_lora',
 )  # fmt: skip
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
