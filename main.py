@@ -9,6 +9,7 @@ Modes:
   ptq          quantize a trained float model, a table of methods and bits
   sensitivity  quantize each product alone; rank them, choose bits for each
   sites        print every quantizable product with its bits; needs no workdir
+  merge_lora   fold the adapters of a run with lora.rank into its kernels
   benchmark    time the model beside its float twin
   predict      name the likeliest classes of the images in a folder
   export       write the weights in the layout of timm, transformers or others,
@@ -32,6 +33,7 @@ import sys
 _MODES = (
     'train', 'eval', 'sites', 'benchmark', 'export', 'ptq', 'sensitivity',
     'predict',
+    'merge_lora',
 )  # fmt: skip
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 

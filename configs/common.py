@@ -101,6 +101,37 @@ def get_config():
     )
   )
 
+  # Adapters: low-rank paths beside frozen kernels. They and the head are what
+  # is trained and kept in checkpoints; the base is that of weights.path or
+  # checkpoint.path. With a quant.recipe they are added to the kernels before
+  # these are rounded (L4Q).
+  c.lora = ml_collections.ConfigDict(
+    dict(
+      rank=0,  # 0 = no adapters; up to the smaller side of the kernels.
+      alpha=16.0,  # > 0; what scaling divides.
+      # Factor of the adapters: 'alpha/r', or 'rsqrt': alpha / sqrt(rank).
+      scaling='alpha/r',
+      dropout=0.0,  # On the adapters' inputs; [0, 1).
+      # Layers with adapters: 'attn' (query, key, value, out) | 'qv' | 'mlp' |
+      # 'all' (every layer but the head), or regexes of their paths.
+      targets=(),
+      # 'zero' (they start by adding nothing) | 'pissa' (from the principal
+      # part of the kernel) | 'loftq' (from that of what packing loses).
+      init='zero',
+      dora=False,  # Each output channel learns its length too (DoRA).
+      # The frozen kernels in memory: 'float' | 'int8' | 'int4' (packed).
+      base='float',
+      group=64,  # Input channels that share a packed scale; 0 = all.
+      # Of the file WORKDIR/adapters/NAME.safetensors that training ends with,
+      # and that eval and merge_lora read where the run is of another name.
+      name='adapter',
+      path='',  # Another folder for these files; '' = WORKDIR/adapters.
+      # merge_lora into a packed base: 'nearest' | 'gptq' (reads
+      # ptq.calibration_examples).
+      requantize='nearest',
+    )
+  )
+
   c.weights = ml_collections.ConfigDict(
     dict(
       # What to start from: a .safetensors, .pth, .bin or .npz file, a folder
@@ -186,7 +217,8 @@ def get_config():
       label_smoothing=0.0,  # [0, 1)
       ema_decay=0.0,  # Of the weights that are evaluated; 0 = off; [0, 1).
       patience=0,  # Stop after this many evaluations without a new best.
-      # Collections that get gradients; ('auto',): what the recipe learns.
+      # Collections that get gradients, or parts of them such as 'params/head';
+      # ('auto',): what the recipe learns, or adapters and the head.
       trainable=('auto',),
       # Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1:
       # 'all' (bits as planned, all is trained) | 'acts' (kernels in float) |

@@ -93,7 +93,10 @@ def time_inference(
     experiment.config.eval.batch_size,
     experiment.config.model.image_size,
   )
-  variables = experiment.fresh_state(jax.random.key(0)).variables
+  key = jax.random.key(0)
+  variables = {
+    name: twin.fresh_variables(key, {}) for name, twin in twins.items()
+  }
   images = jax.device_put(
     jax.random.normal(jax.random.key(1), (batch, size, size, 3), jnp.float32),
     experiment.batch_sharding,
@@ -102,11 +105,11 @@ def time_inference(
   for name, twin in twins.items():
     forward = jax.jit(twin.model.module.apply)
     compiled[name], compile_seconds[name] = timing.compile_timed(
-      forward, variables, images
+      forward, variables[name], images
     )
   calls = {
-    name: (lambda run=run: run(variables, images))
-    for name, run in compiled.items()
+    name: (lambda name=name: compiled[name](variables[name], images))
+    for name in twins
   }
   seconds = timing.interleave(calls, rounds=rounds)
   return {

@@ -87,6 +87,7 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
       "statistics of each head, which quant.steps='per_head' wants; set "
       '--config.quant.steps=per_tensor or per_position, or leave the path out'
     )
+  _check_lora(config, mode)
   if mode in ('train', 'benchmark'):
     _check_teacher(config)
   overrides, unused, read = list(overrides), UNUSED[mode], config
@@ -108,6 +109,66 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     and (mode, name, bool(config.quant.calibration_path))
     != ('train', 'ptq.range', True)
   ]
+
+
+def _check_lora(config, mode: str) -> None:
+  """Raises ConfigError where adapters do not go with the rest of the config."""
+  lora, train, recipe = config.lora, config.train, config.quant.recipe
+  if not lora.rank:
+    if lora.targets:
+      raise ConfigError(
+        f'lora.rank={lora.rank} adapts nothing, but lora.targets is '
+        f'{tuple(lora.targets)}; set --config.lora.rank= to 1 or more, or '
+        '--config.lora.targets="()"'
+      )
+    if mode == 'merge_lora':
+      raise ConfigError(
+        '--mode=merge_lora folds adapters into kernels, but lora.rank is 0; '
+        'set lora.* as in their training'
+      )
+    return
+  if mode in ('ptq', 'sensitivity', 'export'):
+    raise ConfigError(
+      f'--mode={mode} needs a whole model, but lora.rank={lora.rank}: its runs '
+      'keep adapters alone; fold them in with --mode=merge_lora and give the '
+      'result with --config.lora.rank=0 --config.lora.targets="()"'
+    )
+  whole = [n for n in train.trainable if n in ('params', 'params/encoder')]
+  stages = str(train.stages)
+  for wrong, text in (
+    (not lora.targets,
+     f'lora.rank={lora.rank}, but lora.targets names no layer; set '
+     '--config.lora.targets="(\'all\',)" or --config.lora.rank=0'),
+    (whole,
+     f'train.trainable={tuple(train.trainable)} trains the kernels that '
+     f'lora.rank={lora.rank} freezes; leave it out, or set '
+     '--config.lora.rank=0 --config.lora.targets="()"'),
+    (train.trainable != ('auto',) and 'lora' not in train.trainable,
+     f'train.trainable={tuple(train.trainable)} leaves the adapters of '
+     f'lora.rank={lora.rank} untrained; add \'lora\' or leave it out'),
+    (lora.base != 'float' and recipe != 'none',
+     f'lora.base={lora.base!r} packs the kernels that quant.recipe={recipe!r} '
+     'would round in training; set --config.lora.base=float or '
+     '--config.quant.recipe=none'),
+    (lora.base != 'float' and config.mesh.tensor > 1,
+     f'mesh.tensor={config.mesh.tensor} splits float kernels, not those of '
+     f'lora.base={lora.base!r}; set --config.mesh.tensor=1'),
+    (lora.base == 'float' and lora.init == 'loftq',
+     "lora.init='loftq' makes up for packing, but lora.base is 'float'; set "
+     '--config.lora.base=int4 or --config.lora.init=pissa'),
+    (lora.dropout and recipe != 'none',
+     f'lora.dropout={lora.dropout:g} would have no effect: quant.recipe='
+     f'{recipe!r} rounds kernels with the adapters in them, which have no '
+     'inputs of their own; set it to 0'),
+    ('freeze' in stages or config.quant.dampen,
+     f'stage \'freeze\' and quant.dampen hold kernels, which lora.rank='
+     f'{lora.rank} freezes anyway; leave them out'),
+    (train.stages and lora.base != 'float',
+     f'train.stages={tuple(train.stages)} choose what is rounded, but '
+     f'lora.base={lora.base!r} is packed for good; leave the stages out'),
+  ):  # fmt: skip
+    if wrong:
+      raise ConfigError(text)
 
 
 def _check_teacher(config) -> None:

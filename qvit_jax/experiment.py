@@ -1,5 +1,6 @@
 """Builds everything that one config describes. Row 8: the only assembler."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from qvit_jax import config as config_lib
+from qvit_jax import frozen as frozen_lib
 from qvit_jax import models, tree
 from qvit_jax.data import Data, find_data, open_data, preprocess
 from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
-from qvit_jax.ops import Ops
+from qvit_jax.ops import FloatCore, Ops
 from qvit_jax.quantization import (
   RECIPES,
   QuantPlan,
@@ -24,7 +26,7 @@ from qvit_jax.quantization import (
   oscillation,
 )
 from qvit_jax.quantization.ptq import Packed
-from qvit_jax.training import optimizer, sharding
+from qvit_jax.training import digest, optimizer, sharding
 from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState, make_state, split_collections
 from qvit_jax.training.step import TICK, learned_paths, make_train_step
@@ -49,15 +51,25 @@ class Model:
     """
     self.config, self.packed = config, packed
     sites = models.list_sites(config)
+    self.frozen = None if packed else frozen_lib.build(config, sites)
     self.plan = packed.plan if packed else build_plan(config.quant, sites)
+    if self.frozen:
+      self.plan = self.frozen.plan(self.plan)
     self.ops: Ops = packed.ops if packed else self._make_ops(self.plan)
     if config.train.trainable == ('auto',) and not packed:
-      config.train.trainable = RECIPES[config.quant.recipe].collections
+      config.train.trainable = self._trainable()
     self.module = models.build_model(config, self.ops)
-    self._trained = models.build_model(config) if packed else self.module
+    self._trained = self.module
+    if self.ops.core.is_packed:  # kernels are made in float
+      ops = Ops() if packed else dataclasses.replace(self.ops, core=FloatCore())
+      self._trained = models.build_model(config, ops)
     size = config.model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    self.shapes = jax.eval_shape(self.init, jax.random.key(0), images)
+    # As initialised; `shapes` are those after kernels were packed.
+    self.float_shapes = jax.eval_shape(self.init, jax.random.key(0), images)
+    self.shapes = self.float_shapes
+    if self.frozen:
+      self.shapes = jax.eval_shape(self.frozen.settle, self.shapes)
 
   def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Returns fresh variables, by collection."""
@@ -65,7 +77,37 @@ class Model:
 
   def _make_ops(self, plan: QuantPlan) -> Ops:
     hidden = models.stream(self.config).hidden
-    return build_ops(self.config.quant, plan, hidden=hidden)
+    ops = build_ops(self.config.quant, plan, hidden=hidden)
+    return self.frozen.ops(ops) if self.frozen else ops
+
+  def _trainable(self) -> tuple[str, ...]:
+    """Returns what is trained where the config leaves it to the method."""
+    collections = RECIPES[self.config.quant.recipe].collections
+    if not self.frozen:
+      return collections
+    more = tuple(name for name in collections if name != 'params')
+    return self.frozen.collections + more
+
+  @property
+  def fitted(self) -> tuple[str, ...]:
+    """Collections that follow from what the layers see."""
+    return ('quant',) if 'quant' in self.float_shapes else ()
+
+  def kept(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns what of a model's variables a checkpoint holds.
+
+    The base of adapters is told by its digest.
+    """
+    if not self.frozen:
+      return variables
+    names = dict.fromkeys((*self.config.train.trainable, *self.fitted))
+    return split_collections(variables, tuple(names))[0]
+
+  def adapter_lines(self) -> list[str]:
+    """Returns what is trained and what is not, where adapters are."""
+    if not self.frozen:
+      return []
+    return self.frozen.lines(self.shapes, self.kept(self.shapes))
 
   def rounding(self, operand: str) -> Any:
     """Returns the module that quantizes 'weights' or 'acts' alone."""
@@ -83,9 +125,10 @@ class Model:
       f'width {shape["width"]}, depth {shape["depth"]}, {shape["heads"]} '
       f'heads, MLP {shape["mlp_dim"]}, patch {shape["patch"]}'
     )
+    count = tree.num_elements(self.float_shapes['params'])
     return (
       f'{model.name} {name}, {model.image_size} px, {model.num_classes} '
-      f'classes, {tree.num_elements(self.shapes["params"]):,} parameters, '
+      f'classes, {count:,} parameters, '
       f'{model.dtype}'
     )
 
@@ -98,7 +141,7 @@ class Model:
   def bits(self) -> str:
     """One line: recipe, bits, and what stays in float."""
     quant, plan = self.config.quant, self.plan
-    if quant.recipe == 'none':
+    if plan.is_float:
       return 'float (recipe none)'
     counts: dict[str, int] = {}
     for site, spec in zip(plan.sites, plan.specs, strict=True):
@@ -114,6 +157,8 @@ class Model:
     if quant.hadamard:
       turned = sum(map(bool, map(self.ops.core.block, plan.sites)))
       more += f', inputs of {turned} layers turned'
+    if self.ops.core.is_packed and not self.packed:
+      return f'{listed}, frozen and packed'
     return (
       f'{listed} (recipe {quant.recipe}, activations '
       f'{plan.act_granularity}{more})'
@@ -123,6 +168,8 @@ class Model:
     """Returns the bytes of the parameters at the plan's bits."""
     if self.packed:
       return self.packed.num_bytes()
+    if self.ops.core.is_packed:
+      return tree.num_bytes(self.shapes)
     return tree.num_bytes(self.shapes['params']) - self.plan.saved_bytes()
 
   def row_facts(self) -> dict[str, Any]:
@@ -133,11 +180,11 @@ class Model:
       'weight_bits': self.plan.bits('weights'),
       'act_bits': self.plan.bits('acts'),
       'size_bytes': size,
-      'compression': tree.num_bytes(self.shapes['params']) / size,
+      'compression': tree.num_bytes(self.float_shapes['params']) / size,
       'bops': self.plan.bops(),
       'macs': self.plan.macs(),
       # Training and evaluation round to the grid but keep float arrays.
-      'execution': 'float' if recipe == 'none' else 'simulated',
+      'execution': 'float' if self.plan.is_float else 'simulated',
     }
     if self.packed:
       facts |= {'execution': self.packed.execution, 'why': self.packed.why}
@@ -168,6 +215,8 @@ class Experiment:
     """
     self.config = config
     self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
+    # Of the parameters that adapters leave as they are, once they are there.
+    self.base_digest = ''
     if data is None:
       find_data(config)
     self.model = Model(config, packed)
@@ -264,19 +313,26 @@ class Experiment:
     make = jax.jit(self._make_state, out_shardings=self.state_shardings)
     return make(variables)
 
-  def _fresh(
+  def _init(
     self, key: jax.Array, imported: dict[str, Any], images: jax.Array
   ) -> dict[str, Any]:
     variables = self.model.init(key, images[:1])
-    variables = tree.unflatten(
-      {**tree.flatten(variables), **imported}, variables
-    )
-    learned = [name for name in variables if name != 'params']
+    return tree.unflatten({**tree.flatten(variables), **imported}, variables)
+
+  def _fit(
+    self, variables: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    learned = self.model.fitted
     if not learned:
       return variables
     # Steps follow from what the layers see with the weights that count.
     _, fitted = self.model.module.apply(variables, images, mutable=learned)
     return {**variables, **fitted}
+
+  def _fresh(
+    self, key: jax.Array, imported: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    return self._fit(self._init(key, imported, images), images)
 
   def _first_images(self) -> jax.Array:
     """Returns what learned steps are fitted to, as evaluation sees it.
@@ -285,7 +341,7 @@ class Experiment:
     learned of them.
     """
     size, data = self.config.model.image_size, self.config.data
-    if set(self.model.shapes) == {'params'} or not hasattr(self, 'tx'):
+    if not self.model.fitted or not hasattr(self, 'tx'):
       return jnp.zeros((1, size, size, 3), jnp.float32)
     split = self.data.train
     batch = min(_FITTED, split.size)
@@ -301,15 +357,30 @@ class Experiment:
   def fresh_variables(
     self, key: jax.Array, imported: dict[str, Any]
   ) -> dict[str, Any]:
-    """Returns random variables, some replaced by path."""
+    """Returns random variables, some replaced by path.
+
+    Where adapters are trained, the parameters that they leave alone are then
+    packed, or lose what the adapters start with.
+    """
+    frozen, images = self.model.frozen, self._first_images()
     shardings, _ = self._shardings(self.model.shapes)
-    make = jax.jit(self._fresh, out_shardings=shardings)
-    return make(key, imported, self._first_images())
+    if not frozen:
+      make = jax.jit(self._fresh, out_shardings=shardings)
+      return make(key, imported, images)
+    before, _ = self._shardings(self.model.float_shapes)
+    make = jax.jit(self._init, out_shardings=before)
+    variables = make(key, imported, images)
+    _, base = split_collections(variables, self.config.train.trainable)
+    self.base_digest = digest.combined(base['params'])
+    fit = jax.jit(self._fit, out_shardings=shardings)
+    return fit(frozen.settle(variables), images)
 
   def fresh_state(
     self, key: jax.Array, imported: dict[str, Any] | None = None
   ) -> TrainState:
     """Returns a state with random weights, some replaced by path."""
+    if self.model.frozen:
+      return self.state_of(self.fresh_variables(key, imported or {}))
     make = lambda *given: self._make_state(self._fresh(*given))
     return jax.jit(make, out_shardings=self.state_shardings)(
       key, imported or {}, self._first_images()
@@ -317,18 +388,19 @@ class Experiment:
 
   def missing_parameters(self, imported: dict[str, Any]) -> set[str]:
     """Returns the paths of parameters that `imported` does not hold."""
-    params = {'params': self.model.shapes['params']}
+    params = {'params': self.model.float_shapes['params']}
     return set(tree.flatten(params)) - set(imported)
 
   def metadata(self) -> dict[str, Any]:
     """Returns what every checkpoint of this experiment says of itself."""
-    return {
+    facts = {
       'config': config_lib.to_json(self.config),
       'architecture': models.architecture(self.config),
       'plan': self.model.plan.digest_lines(),
       'class_names': list(self.data.class_names),
       'data_digest': self.data.digest,
     }
+    return facts | ({'base': self.base_digest} if self.model.frozen else {})
 
   # Compiled functions.
 

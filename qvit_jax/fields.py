@@ -4,6 +4,7 @@ Tables only; `qvit_jax.config` checks by them.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,24 @@ LEGAL: dict[str, Check] = {
   'quant.freeze': _number(0, 0.5, open_low=True),
   'quant.dampen': _ZERO_UP,
   'quant.backward_bits': ((lambda v: v in (0, 8)), '0 | 8'),
+  'lora.rank': _ZERO_UP,
+  'lora.alpha': _number(0, open_low=True),
+  'lora.scaling': _one_of('alpha/r', 'rsqrt'),
+  'lora.dropout': _BELOW_ONE,
+  'lora.targets': (
+    lambda v: v == () or _strings()[0](v) and not isinstance(v, str),
+    "() or a tuple of names and regexes such as ('qv',)",
+  ),
+  'lora.init': _one_of('zero', 'pissa', 'loftq'),
+  'lora.dora': _BOOL,
+  'lora.base': _one_of('float', 'int8', 'int4'),
+  'lora.group': _ZERO_UP,
+  'lora.name': (
+    lambda v: bool(re.fullmatch(r'[\w][\w.-]*', v)),
+    'letters, digits, _ . and -',
+  ),
+  'lora.path': _ANY,
+  'lora.requantize': _one_of('nearest', 'gptq'),
   'weights.path': _ANY,
   'weights.required': _BOOL,
   'data.source': _one_of('digits', 'tfds', 'folder'),
@@ -196,6 +215,18 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ('quant.default', 'quant.attention', 'quant.rules'),
         lambda c: c.quant.recipe not in ('none', 'ptq'),
         "quant.recipe is 'none' or 'ptq'; set --config.quant.recipe=aqt",
+    ),
+    (
+        ('lora.alpha', 'lora.scaling', 'lora.dropout', 'lora.init',
+         'lora.dora', 'lora.base', 'lora.group', 'lora.name', 'lora.path',
+         'lora.requantize'),
+        lambda c: c.lora.rank > 0,
+        'lora.rank is 0; set --config.lora.rank=8 and --config.lora.targets=',
+    ),
+    (
+        ('lora.group', 'lora.requantize'),
+        lambda c: c.lora.base != 'float',
+        'no kernel is packed; set --config.lora.base=int4',
     ),
     (
         ('quant.act_granularity',),
@@ -382,6 +413,8 @@ UNUSED = {
     'benchmark': ('weights', 'checkpoint', 'log', 'export', 'ptq',
                   'quant.calibration_path', 'quant.freeze', 'train.stages',
                   'train.patience', *_PREDICT),
+    'merge_lora': ('optim', 'train', 'log', 'export', 'quant.dampen',
+                   *_PREDICT),
     'export': ('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed',
                'ptq', *_TRAINING),
 }  # fmt: skip

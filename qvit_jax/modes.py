@@ -16,11 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qvit_jax import (
+  adapters,
   artifacts,
   benchmarks,
   curve,
   exports,
   files,
+  merging,
   packing,
   ptq_table,
   restore,
@@ -114,6 +116,8 @@ def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
   say(f'mode      {mode}')
   say(f'model     {experiment.model.title}')
   say(f'bits      {experiment.model.bits}')
+  for line in experiment.model.adapter_lines():
+    say(f'lora      {line}')
   say(f'data      {experiment.data.description}')
   for line in experiment.data.notes:
     say(f'data      {line}')
@@ -145,6 +149,8 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     checkpoints = Checkpoints(place / 'checkpoints', writer=True)
     if jax.process_count() > 1:  # nobody reads before the first has tidied up
       multihost_utils.sync_global_devices('checkpoints')
+    if experiment.model.frozen and checkpoints.latest() is None:
+      adapters.check_free(config, place)
     state, progress, origin = restore.initial_state(experiment, checkpoints)
     for line in origin:
       say(f'start     {line}')
@@ -157,6 +163,8 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       experiment, place, progress.best, f'step {progress.best_step}'
     )
     _say_bad_files(experiment)
+    if experiment.model.frozen:
+      _write_adapter(experiment, place)
     say(
       f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
       f'results in {place / "results.json"}'
@@ -214,6 +222,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     schedule=experiment.schedule,
     metadata=experiment.metadata(),
     tick=experiment.tick,
+    kept=experiment.model.kept,
     learned=experiment.learned,
   )
   trainer = loop.Trainer(
@@ -224,6 +233,20 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     return trainer.run()
   finally:
     writers.close()
+
+
+def _write_adapter(experiment: Experiment, place: pathlib.Path) -> None:
+  """Writes the best adapters of a run into a file of their own."""
+  trained, origin = restore.restore_variables(
+    experiment, str(place), same_plan=True
+  )
+  facts, _ = restore.find_checkpoint(str(place))
+  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+  trained = whole(trained)
+  if jax.process_index() == 0:
+    path = adapters.path_of(experiment.config, place)
+    size = adapters.save(path, trained, facts.metadata(facts.best()))
+    say(f'adapters of {origin.partition(" of ")[0]}: {size:,} bytes in {path}')
 
 
 def evaluate(config: Any, workdir: str) -> None:
@@ -299,6 +322,8 @@ def sites(config: Any, workdir: str) -> None:
   model = Model(config)
   say(f'model  {model.title}')
   say(f'bits   {model.bits}')
+  for line in model.adapter_lines():
+    say(f'lora   {line}')
   say(model.plan.table())
 
 
@@ -309,9 +334,11 @@ def benchmark(config: Any, workdir: str) -> None:
     _header('benchmark', experiment, place)
     _add_teacher(experiment)
     twins = {'model': experiment}
-    if config.quant.recipe != 'none':
+    if config.quant.recipe != 'none' or config.lora.rank:
       plain = copy.deepcopy(config)
       plain.quant.recipe = 'none'
+      plain.lora.update(rank=0, targets=())  # the twin trains all it has
+      plain.train.trainable = ('auto',)
       twins['float'] = Experiment(plain, training=True, data=experiment.data)
       if config.train.teacher:  # a twin without it would be no twin
         twins['float'].teacher = teacher_lib.load_teacher(twins['float'])
@@ -409,6 +436,18 @@ def sensitivity(config: Any, workdir: str) -> None:
     say(f'{len(sites)} sites; results in {place / "sensitivity.json"}')
 
 
+def merge_lora(config: Any, workdir: str) -> None:
+  """Folds adapters into the kernels and checks that outputs agree."""
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=merge_lora runs in one process; start it once')
+  with _opened(workdir) as place:
+    # Only GPTQ looks at images of the training split.
+    calibrates = config.lora.requantize == 'gptq'
+    experiment = Experiment(config, training=calibrates)
+    _header('merge_lora', experiment, place)
+    merging.run(experiment, place, say)
+
+
 def export(config: Any, workdir: str) -> None:
   """Writes a packed model, or float parameters in the layout of others."""
   if jax.process_count() > 1:
@@ -429,6 +468,7 @@ MODES: dict[str, Callable[[Any, str], None]] = {
   'sites': sites,
   'benchmark': benchmark,
   'export': export,
+  'merge_lora': merge_lora,
   'ptq': ptq,
   'sensitivity': sensitivity,
   'predict': predict,

@@ -5,7 +5,7 @@ A model never multiplies matrices itself: its layers are `SiteDense` and
 has four slots:
 
   core     how a product is computed: float, AQT, later learned steps or ints
-  delta    a path added to a layer's output (LoRA)
+  delta    what is added to a layer beside its kernel (LoRA)
   rectify  a transform of queries and keys before their product (Q-ViT's IRM)
   tap      an observer of operands (site listing, calibration)
 
@@ -86,7 +86,8 @@ class Core(Protocol):
 
   Attributes:
     is_packed: Whether kernels lie in a collection of the core's instead of in
-      `params`; then layers declare none and hand over None.
+      `params`; then layers declare none and hand over None, but for those whose
+      kernels are in `params` nevertheless.
   """
 
   is_packed: bool
@@ -107,6 +108,29 @@ class Core(Protocol):
       lhs: Activations, in the compute dtype.
       rhs: Float32 kernel [i, o] of a layer, or activations of a product.
       dims: Dimension numbers of `lax.dot_general`.
+    """
+
+
+@runtime_checkable
+class Delta(Protocol):
+  """What is added to layers. Implementations are frozen and hashable."""
+
+  def kernel(
+    self, module: nn.Module, site: Site, w: Array | None
+  ) -> Array | None:
+    """Returns the kernel [i, o] that the core is handed; None if packed."""
+
+  def output(
+    self, module: nn.Module, site: Site, x: Array, w: Array | None, y: Array
+  ) -> Array:
+    """Returns the layer's output before its bias, [..., o].
+
+    Args:
+      module: The calling layer; variables of the slot are declared on it.
+      site: Which layer.
+      x: Its input [..., i], in the compute dtype.
+      w: What `kernel` returned.
+      y: The core's product of both, [..., o].
     """
 
 
@@ -153,7 +177,7 @@ class Ops:
   """The slots through which a model does its arithmetic; see the module."""
 
   core: Core = FloatCore()
-  delta: Callable[[nn.Module, Site, Array], Array] | None = None
+  delta: Delta | None = None
   rectify: Callable[[nn.Module, str, Array], Array] | None = None
   tap: (
     Callable[[nn.Module, Site, Array, Array | None, DotDims], None] | None
@@ -185,7 +209,7 @@ class SiteDense(nn.Module):
     lead, inside = x.shape[: -self.in_dims], x.shape[-self.in_dims :]
     matrix = math.prod(inside), math.prod(self.features)
     w = None  # a packed core has its own
-    if not self.ops.core.is_packed:
+    if not self.ops.core.is_packed or self.has_variable('params', 'kernel'):
       kernel = self.param(
         'kernel',
         nn.initializers.truncated_normal(0.02),
@@ -205,11 +229,14 @@ class SiteDense(nn.Module):
       math.prod(x.shape[1:]) * matrix[1],
     )
     dims = (((x.ndim - 1,), (0,)), ((), ()))
+    delta = self.ops.delta
+    if delta is not None:
+      w = delta.kernel(self, site, w)
     if self.ops.tap is not None:
       self.ops.tap(self, site, x, w, dims)
     y = self.ops.core(self, site, x, w, dims)
-    if self.ops.delta is not None:
-      y = y + self.ops.delta(self, site, x)
+    if delta is not None:
+      y = delta.output(self, site, x, w, y)
     y = y.reshape(*lead, *self.features) + bias
     return y.astype(self.out_dtype or self.dtype)
 

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvit_jax import artifacts, calibration, files, models, tree, weights
+from qvit_jax import (
+  adapters,
+  artifacts,
+  calibration,
+  files,
+  models,
+  tree,
+  weights,
+)
 from qvit_jax import config as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment, Model
@@ -17,12 +25,20 @@ from qvit_jax.quantization.pack_qat import unpack
 from qvit_jax.quantization.ptq import Packed
 from qvit_jax.training import checkpoint
 from qvit_jax.training.loop import Progress
-from qvit_jax.training.state import TrainState
+from qvit_jax.training.state import (
+  TrainState,
+  join_collections,
+  split_collections,
+)
 
 # A resumed run must not change these; other fields may, and are printed.
 _FIXED = (
   'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
   'quant.recipe', 'quant.zero_point', 'quant.irm', 'quant.hadamard',
+)  # fmt: skip
+# What adapters are must be known to whoever adds them to a kernel.
+_OF_ADAPTERS = (
+  'rank', 'alpha', 'scaling', 'targets', 'init', 'dora', 'base', 'group',
 )  # fmt: skip
 
 
@@ -40,30 +56,53 @@ def initial_state(
     WeightsError: `weights.path` does not fit the model.
     QuantError: `quant.calibration_path` is of another model.
   """
-  config = experiment.config
   latest = own.latest()
   if latest is not None:
     return _resume(experiment, own, latest)
+  state, lines = _begin(experiment, own.directory.parent)
+  return state, Progress(), lines
+
+
+def _begin(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[TrainState, list[str]]:
+  """Returns the state before the first update, and lines that say whence."""
+  config = experiment.config
+  if config.checkpoint.path and not experiment.model.frozen:
+    _check_one_source(config)
+    return _start_from(experiment, config.checkpoint.path)
+  imported, lines = _imported(experiment, workdir)
+  state, more = _fresh_state(experiment, imported)
+  return state, lines + more
+
+
+def _check_one_source(config: Any) -> None:
   if config.weights.path and config.checkpoint.path:
     raise ConfigError(
       'weights.path and checkpoint.path are both set, but a run starts from '
       'one of them; leave the other out'
     )
+
+
+def _imported(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns {path: parameter} to start from, and lines that say whence."""
+  config = experiment.config
+  _check_one_source(config)
   if config.checkpoint.path:
-    return _start_from(experiment, config.checkpoint.path)
-  imported, lines = {}, ['starting from scratch (weights.path is not set)']
-  if config.weights.path:
-    try:
-      imported, lines = import_weights(experiment, own.directory.parent)
-    except weights.HubUnreachableError as error:
-      if config.weights.required:
-        raise
-      lines = [
-        f'NOT PRETRAINED: {error}',
-        'starting from random weights, because weights.required is False',
-      ]
-  state, more = _fresh_state(experiment, imported)
-  return state, Progress(), lines + more
+    return _parameters_of(experiment, config.checkpoint.path)
+  if not config.weights.path:
+    return {}, ['starting from scratch (weights.path is not set)']
+  try:
+    return import_weights(experiment, workdir)
+  except weights.HubUnreachableError as error:
+    if config.weights.required:
+      raise
+    return {}, [
+      f'NOT PRETRAINED: {error}',
+      'starting from random weights, because weights.required is False',
+    ]
 
 
 def _fresh_state(
@@ -85,7 +124,7 @@ def _fresh_state(
 
 def _start_from(
   experiment: Experiment, path: str
-) -> tuple[TrainState, Progress, list[str]]:
+) -> tuple[TrainState, list[str]]:
   """Returns the state of a run that goes on from another one's variables."""
   if artifacts.is_artifact(path):
     return _start_from_packed(experiment, path)
@@ -102,27 +141,32 @@ def _start_from(
         'start from a float run'
       )
     variables, origin = restore_variables(experiment, path, same_plan=False)
-    return (
-      experiment.state_of(variables),
-      Progress(),
-      [f'starting from {origin}'],
-    )
+    return experiment.state_of(variables), [f'starting from {origin}']
   # Steps of other bits or none at all: they are fitted to these parameters.
-  place = stored.directory / str(step)
-  _check_same(experiment.model, metadata, place, same_plan=False)
-  item = checkpoint.params_item(metadata)
-  shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
-  restored = stored.restore(step, {item: shapes})[item]
-  params = tree.flatten({'params': restored['params']})
+  params, lines = _parameters_of(experiment, path)
   state, more = _fresh_state(experiment, params)
+  return state, lines + more
+
+
+def _parameters_of(
+  experiment: Experiment, path: str
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns {path: parameter} that a run of ours evaluates, and its origin."""
+  stored, step = find_checkpoint(path)
+  metadata, place = stored.metadata(step), stored.directory / str(step)
+  _check_same(experiment.model, metadata, place, same_plan=False)
+  params: dict[str, Any] = {}
+  for item in checkpoint.params_items(metadata):
+    shapes = stored.saved_shapes(step, item, experiment.whole_sharding)
+    restored = stored.restore(step, {item: shapes})[item]
+    params |= tree.flatten({'params': restored['params']})
   origin = stored.directory.parent
-  lines = [f'starting from the parameters of step {step} of {origin}']
-  return state, Progress(), lines + more
+  return params, [f'starting from the parameters of step {step} of {origin}']
 
 
 def _start_from_packed(
   experiment: Experiment, path: str
-) -> tuple[TrainState, Progress, list[str]]:
+) -> tuple[TrainState, list[str]]:
   """Returns the state of a run that goes on from a packed model."""
   model = experiment.model
   facts = models.architecture(experiment.config)
@@ -143,7 +187,7 @@ def _start_from_packed(
     if name not in params
   }
   state = experiment.state_of(tree.unflatten(flat, variables))
-  return state, Progress(), [f'starting from the packed model {path}', *lines]
+  return state, [f'starting from the packed model {path}', *lines]
 
 
 def _learned(arrays: dict[str, Any]) -> set[str]:
@@ -178,13 +222,13 @@ def restore_variables(
   metadata = stored.metadata(step)
   place = stored.directory / str(step)
   _check_same(experiment.model, metadata, place, same_plan=same_plan)
-  wanted = experiment.abstract_variables()
+  wanted = experiment.model.kept(experiment.abstract_variables())
   items = {'variables': wanted}
   if 'ema' in metadata['arrays']:
     names = metadata['config']['train']['trainable']
-    items['ema'] = {name: wanted[name] for name in names}
+    items['ema'] = split_collections(wanted, tuple(names))[0]
   restored = stored.restore(step, items)
-  variables = {**restored['variables'], **restored.get('ema', {})}
+  variables = join_collections(restored['variables'], restored.get('ema', {}))
   return variables, f'step {step} of {stored.directory.parent}'
 
 
@@ -225,22 +269,27 @@ def _resume(
         f'{place} was trained with {name}={there.get(name)!r}, not '
         f'{here[name]!r}; set it back or choose another workdir'
       )
+  lines = [f'resuming at step {step}, digests verified']
+  base: dict[str, Any] = {}
+  if experiment.model.frozen:
+    base, more = base_variables(experiment, own.directory.parent)
+    adapters.check_base(experiment, metadata, place)
+    lines += more
   wanted = experiment.abstract_state()
   items = own.restore(
     step,
     {
-      'variables': wanted.variables,
+      'variables': experiment.model.kept(wanted.variables),
       'ema': wanted.ema,
       'training': {'step': wanted.step, 'opt_state': wanted.opt_state},
     },
   )
   state = TrainState(
     step=items['training']['step'],
-    variables=items['variables'],
+    variables=join_collections(base, items['variables']),
     opt_state=items['training']['opt_state'],
     ema=items.get('ema', {}),
   )
-  lines = [f'resuming at step {step}, digests verified']
   lines += [
     f'changed since: {name} {there.get(name)!r} -> {here[name]!r}'
     for name in changed
@@ -340,11 +389,26 @@ def _check_same(
     models.architecture(model.config),
     metadata['architecture'],
   )
+  is_adapted = 'base' in metadata
+  if is_adapted and not (same_plan and model.frozen):
+    raise CheckpointError(
+      f'{place} holds adapters alone, no kernels; fold them in with '
+      '--mode=merge_lora and give WORKDIR/merged/NAME, or set lora.* as in '
+      'their training'
+    )
   lines = [
     f'{name} is {there.get(name)} there, {value} here'
     for name, value in here.items()
     if there.get(name) != value
   ]
+  if same_plan and model.frozen:
+    here = config_lib.to_json(model.config)['lora']
+    there = metadata['config']['lora'] if is_adapted else {'rank': 0}
+    lines += [
+      f'lora.{name} is {there[name]} there, {here[name]} here'
+      for name in _OF_ADAPTERS
+      if name in there and there[name] != here[name]
+    ]
   if same_plan and not lines:
     plan = model.plan.digest_lines()
     pairs = zip(metadata['plan'], plan, strict=True)
@@ -373,7 +437,8 @@ def import_weights(
   """
   config = experiment.config
   local, config.weights.path = weights.resolve(config.weights.path)
-  taken, report = weights.read_weights(local, experiment.model.shapes['params'])
+  shapes = experiment.model.float_shapes['params']
+  taken, report = weights.read_weights(local, shapes)
   report.notes += compare_facts(report, config)
   if jax.process_index() == 0:
     files.write_json(workdir / 'weights.json', report.to_json())
@@ -476,6 +541,56 @@ def class_names_of_eval(
   return names, line
 
 
+def base_variables(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns fresh adapters over the base that the config names, and lines.
+
+  Raises:
+    CheckpointError, WeightsError: The base is not of this model.
+  """
+  imported, lines = _imported(experiment, workdir)
+  key = jax.random.key(experiment.config.seed)
+  return experiment.fresh_variables(key, imported), lines
+
+
+def adapted_variables(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+  """Returns trained adapters over their base, their metadata, and lines.
+
+  They are the best of the workdir's own run if it has the name that the config
+  asks for, else those of a file. A base that the config does not name comes
+  from where it came from in training.
+
+  Raises:
+    CheckpointError: There are none, or they are of another model or base.
+  """
+  config = experiment.config
+  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
+  facts = own.metadata(own.best()) if own.steps() else {}
+  name = facts.get('config', {}).get('lora', {}).get('name')
+  if name == config.lora.name and not config.lora.path:
+    trained, origin = restore_variables(
+      experiment, str(workdir), same_plan=True
+    )
+    lines = [f'{origin}, digests verified']
+  else:
+    path = adapters.path_of(config, workdir)
+    arrays, facts = adapters.load(path)
+    _check_same(experiment.model, facts, path, same_plan=True)
+    trained = adapters.place(experiment, arrays, path)
+    origin = f'adapter {config.lora.name} of {path.parent}'
+    lines = [origin]
+  if not (config.weights.path or config.checkpoint.path):
+    for section in ('weights', 'checkpoint'):
+      config[section].path = facts['config'][section]['path']
+  base, more = base_variables(experiment, workdir)
+  adapters.check_base(experiment, facts, origin)
+  variables = join_collections(base, trained)
+  return variables, facts, [*lines, *(f'base: {line}' for line in more)]
+
+
 def start_of_eval(
   experiment: Experiment, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], list[str]]:
@@ -494,6 +609,9 @@ def start_of_eval(
     if names := artifacts.read_class_names(path):
       _check_classes(experiment, names, path)
     return experiment.replicate(packed.variables), [f'{path.stem} of {path}']
+  if experiment.model.frozen:
+    variables, _, lines = adapted_variables(experiment, workdir)
+    return variables, lines
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
   if config.checkpoint.path or own.steps() or not config.weights.path:
     source = config.checkpoint.path or str(workdir)

@@ -255,6 +255,7 @@ def _own_experiment(student: Experiment, fields: dict[str, Any]) -> Experiment:
     if name in known:
       section, field = name.split('.')
       config[section][field] = _as_tuple(value)
+  config.lora.update(rank=0, targets=())  # a teacher is a whole model
   config.model.remat = False  # nothing is kept for a backward pass
   return Experiment(config, training=False, data=student.data)
 

@@ -263,3 +263,36 @@ def map_distance(x, teacher):
       maps = [z @ z.T / np.linalg.norm(z @ z.T) for z in (a, b)]
       total += np.linalg.norm(maps[1] - maps[0])
   return total / len(x)
+
+
+def lora_kernel(w, a, b, scale, m=None):
+  """W + scale * a b; with lengths m, each column scaled to its own (DoRA)."""
+  w, a, b = (np.asarray(x, np.float64) for x in (w, a, b))
+  w = w + scale * (a @ b)
+  if m is None:
+    return w
+  return w * (np.asarray(m, np.float64) / np.linalg.norm(w, axis=0))
+
+
+def lora_gradients(x, w, a, b, scale, g, m=None):
+  """Gradients of sum(g * x W') for x, a, b and, under DoRA, m.
+
+  The lengths of the columns count as constants (DoRA, section 4.3).
+  """
+  x, w, a, b, g = (np.asarray(v, np.float64) for v in (x, w, a, b, g))
+  merged = w + scale * (a @ b)
+  found = {}
+  if m is not None:
+    norm = np.linalg.norm(merged, axis=0)
+    found['m'] = (g * (x @ merged)).sum(axis=0) / norm
+    g = g * (m / norm)
+  found['x'] = g @ merged.T
+  found['a'] = scale * x.T @ (g @ b.T)
+  found['b'] = scale * (x @ a).T @ g
+  return found
+
+
+def nearest_of_rank(w, rank):
+  """The matrix of that rank with the least squared error (Eckart-Young)."""
+  u, s, v = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+  return (u[:, :rank] * s[:rank]) @ v[:rank]

@@ -186,6 +186,7 @@ BAD = {
   'three': (1.0, 2.0),
   'a number from 0 to 1': 1.5,
   'a number': -1.0,
+  'letters': 'a/b',
 }
 
 

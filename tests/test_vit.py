@@ -425,12 +425,16 @@ def test_delta_adds_to_the_output_of_its_layer():
   path = f'{BLOCK}/mlp/fc2'
   d = np.random.default_rng(3).standard_normal((32, 16)).astype(np.float32)
 
-  def delta(module, site, x):
-    return x @ d if site.path == path else jnp.zeros(())
+  class Added:
+    def kernel(self, module, site, w):
+      return w
+
+    def output(self, module, site, x, w, y):
+      return y + x @ d if site.path == path else y
 
   plain, merged = variables_of(config), variables_of(config)
   merged['params']['encoder']['block_00']['mlp']['fc2']['kernel'] += d
-  with_delta = logits_of(config, plain, Ops(delta=delta))
+  with_delta = logits_of(config, plain, Ops(delta=Added()))
   assert_close(with_delta, logits_of(config, merged))
   assert np.abs(with_delta - logits_of(config, plain)).max() > 1e-2
 

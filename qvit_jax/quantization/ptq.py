@@ -297,7 +297,7 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
     if mean is not None:
       mean = np.asarray(rotate.turn_blocks(jnp.asarray(mean), plan.block))
   try:
-    packed = _round(row, w, hessian, bits)
+    packed = round_kernel(row, w, hessian, bits)
   except QuantError as error:
     raise QuantError(f'{site.path}: {error}') from error
   if mean is None:
@@ -310,8 +310,15 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
   return packed, np.asarray(mean @ (w - near))
 
 
-def _round(row: Row, w, hessian, bits: int):
-  """Returns a QTensor, or above 8 bits a float matrix on the grid."""
+def round_kernel(row: Row, w, hessian, bits: int):
+  """Returns a QTensor, or above 8 bits a float matrix on the grid.
+
+  Args:
+    row: Its solvers and its group.
+    w: Kernel [i, o].
+    hessian: X^T X of its inputs [i, i], where the row needs one.
+    bits: Of a code.
+  """
   if row.needs_hessians:
     scale = qtensor.group_scales(w, bits, group=row.group)
     full = qtensor.spread_scales(scale, w.shape[0], row.group)

@@ -86,6 +86,11 @@ class QuantPlan:
       site.path: spec for site, spec in zip(self.sites, self.specs, strict=True)
     }
 
+  @property
+  def is_float(self) -> bool:
+    """Whether nothing has bits."""
+    return not any(spec.weights or spec.acts for spec in self.specs)
+
   def only(self, operand: str) -> 'QuantPlan':
     """Returns the plan with bits for 'weights' or for 'acts' alone."""
     specs = [QuantSpec(**{operand: getattr(s, operand)}) for s in self.specs]

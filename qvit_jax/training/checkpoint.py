@@ -60,14 +60,19 @@ def find_step(
   return (place if place.name == 'checkpoints' else place / 'checkpoints'), None
 
 
-def params_item(metadata: dict[str, Any]) -> str:
-  """Returns the item whose parameters are evaluated.
+def params_items(metadata: dict[str, Any]) -> tuple[str, ...]:
+  """Returns the items with the parameters that are evaluated.
 
-  Averages hold what was trained, which need not be the parameters.
+  Averages hold what was trained, which may be none or some of the parameters;
+  they come last and count.
   """
-  paths = metadata['arrays'].get('ema', {})
-  is_averaged = any(path.startswith('params/') for path in paths)
-  return 'ema' if is_averaged else 'variables'
+  all_, averaged = (
+    {p for p in metadata['arrays'].get(item, {}) if p.startswith('params/')}
+    for item in ('variables', 'ema')
+  )
+  if not averaged:
+    return ('variables',)
+  return ('ema',) if averaged == all_ else ('variables', 'ema')
 
 
 class Checkpoints:

@@ -3,6 +3,8 @@
 Not against forgers: against bits that flip on a disk or in a cable.
 """
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -51,3 +53,9 @@ def digests(values: Any) -> dict[str, str]:
     for path, x in tree.flatten(values).items()
   }
   return {path: f'{int(a):08x}{int(b):08x}' for path, (a, b) in hashes.items()}
+
+
+def combined(values: Any) -> str:
+  """Returns 16 hexadecimal digits of the content of all arrays together."""
+  text = json.dumps(digests(values), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -70,6 +70,7 @@ class Parts:
     schedule: Learning rate by updates done before.
     metadata: What is saved with every checkpoint.
     tick: Names of the numbers that a step reports.
+    kept: variables -> what of them a checkpoint holds.
     learned: Paths of what is trained beside parameters.
   """
 
@@ -82,6 +83,7 @@ class Parts:
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
   tick: tuple[str, ...] = TICK
+  kept: Callable[[Any], Any] = lambda variables: variables
   learned: tuple[str, ...] = ()
 
 
@@ -336,7 +338,7 @@ class Trainer:
     self._checkpoints.save(
       self._done,
       {
-        'variables': state.variables,
+        'variables': self.parts.kept(state.variables),
         'ema': state.ema,
         'training': {'step': state.step, 'opt_state': state.opt_state},
       },

@@ -31,25 +31,47 @@ class TrainState:
   @property
   def evaluated(self) -> dict[str, Any]:
     """The variables to evaluate: averaged ones where there are any."""
-    return {**self.variables, **self.ema}
+    return join_collections(self.variables, self.ema)
 
 
 def split_collections(
   variables: dict[str, Any], trainable: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (collections that get gradients, the others).
+  """Returns (what gets gradients, the rest), nested as before.
+
+  Args:
+    variables: Collections of the model.
+    trainable: Collections, or parts of them such as 'params/head'.
 
   Raises:
-    ConfigError: A named collection is not in the model.
+    ConfigError: A named collection or part is not in the model.
   """
+  train: dict[str, Any] = {}
+  rest = dict(variables)
   for name in trainable:
-    if name not in variables:
+    first, _, inner = name.partition('/')
+    if first not in rest:
       raise ConfigError(
         f'train.trainable names {name!r}, but the model has only '
         f'{", ".join(variables)}; choose from these'
       )
-  train = {k: v for k, v in variables.items() if k in trainable}
-  return train, {k: v for k, v in variables.items() if k not in trainable}
+    if inner:
+      part, rest[first] = split_collections(rest[first], (inner,))
+      train = join_collections(train, {first: part})
+    else:
+      train[first] = rest.pop(first)
+  return train, rest
+
+
+def join_collections(
+  variables: dict[str, Any], others: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns variables with `others`, which may be parts, in their places."""
+  joined = dict(variables)
+  for name, value in others.items():
+    is_inner = isinstance(value, dict) and name in joined
+    joined[name] = join_collections(joined[name], value) if is_inner else value
+  return joined
 
 
 def make_state(

@@ -9,7 +9,11 @@ import optax
 
 from qvit_jax import tree
 from qvit_jax.training import loss_scale, losses
-from qvit_jax.training.state import TrainState, split_collections
+from qvit_jax.training.state import (
+  TrainState,
+  join_collections,
+  split_collections,
+)
 
 # Order of the numbers that a step reports; those of a teacher and of a penalty
 # come after them.
@@ -92,7 +96,7 @@ def make_train_step(
     augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
     x, targets = prepare(augment_key, images, labels)
     logits = apply(
-      {**frozen, **trained},
+      join_collections(frozen, trained),
       x,
       train=True,
       rngs={'dropout': dropout_key, 'rounding': rounding_key},
@@ -104,7 +108,7 @@ def make_train_step(
       loss, parts = teacher(given, x, logits, seen, loss)
     if penalty:
       weight, of_variables = penalty
-      parts = (*parts, of_variables({**frozen, **trained}))
+      parts = (*parts, of_variables(join_collections(frozen, trained)))
       loss = loss + weight * parts[-1]
     return loss, (losses.top1(logits, targets), parts)
 
@@ -137,7 +141,8 @@ def make_train_step(
       tick += [opt_state.scale, 1 - finite]
     if learned := _beside_params(trained):
       tick.append(tree.first_not_finite(learned))
-    state = TrainState(number, {**frozen, **trained}, opt_state, ema)
+    variables = join_collections(frozen, trained)
+    state = TrainState(number, variables, opt_state, ema)
     return state, jnp.stack(tick).astype(jnp.float32)
 
   return step

@@ -110,10 +110,16 @@ def _own_source(path: str) -> Source:
     stored = checkpoint.Checkpoints(directory, writer=False)
     step = stored.best() if step is None else step
     metadata = stored.metadata(step)
-    item = checkpoint.params_item(metadata)
+    if 'base' in metadata:
+      raise CheckpointError(
+        f'{directory.parent} holds adapters alone, no kernels; fold them in '
+        'with --mode=merge_lora and give WORKDIR/merged/NAME'
+      )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = stored.saved_shapes(step, item, device)
-    values = tree.flatten(stored.restore(step, {item: shapes})[item])
+    values: dict[str, Any] = {}
+    for item in checkpoint.params_items(metadata):
+      shapes = stored.saved_shapes(step, item, device)
+      values |= tree.flatten(stored.restore(step, {item: shapes})[item])
   except CheckpointError as error:
     raise WeightsError(f'weights.path={path!r}: {error}') from error
   entries = {
