@@ -165,7 +165,7 @@ def measure(
 
 
 def _set_start(own: Any, config: Any, place: pathlib.Path) -> None:
-  """Names what the table started from, as `restore.start_of_eval` chose it."""
+  """Names what the table started from, as `subject.start_of_eval` chose it."""
   has_own = bool(Checkpoints(place / 'checkpoints', writer=False).steps())
   if config.checkpoint.path or has_own or not config.weights.path:
     own.checkpoint.path = config.checkpoint.path or str(place)

@@ -1,4 +1,4 @@
-"""What `--mode=merge_lora` writes: kernels with adapters in them. Row 11."""
+"""What `--mode=merge_lora` writes: kernels with adapters in them. Row 12."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from qvit_jax import (
   files,
   lora,
   models,
-  restore,
+  subject,
   tree,
 )
 from qvit_jax import config as config_lib
@@ -50,7 +50,7 @@ def run(
     ExportError: The merged model computes something else.
   """
   config, frozen = experiment.config, experiment.model.frozen
-  variables, facts, lines = restore.adapted_variables(experiment, place)
+  variables, facts, lines = subject.adapted_variables(experiment, place)
   for line in lines:
     say(f'start     {line}')
   shapes = experiment.model.float_shapes['params']

@@ -26,6 +26,8 @@ from qvit_jax import (
   packing,
   ptq_table,
   restore,
+  start,
+  subject,
   tree,
 )
 from qvit_jax import config as config_lib
@@ -151,11 +153,11 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       multihost_utils.sync_global_devices('checkpoints')
     if experiment.model.frozen and checkpoints.latest() is None:
       adapters.check_free(config, place)
-    state, progress, origin = restore.initial_state(experiment, checkpoints)
+    state, progress, origin = start.initial_state(experiment, checkpoints)
     for line in origin:
       say(f'start     {line}')
     _add_teacher(experiment)
-    restore.check_teacher(experiment, progress)
+    start.check_teacher(experiment, progress)
     if jax.process_index() == 0:
       files.write_json(place / 'config.json', config_lib.to_json(config))
     progress = _train(experiment, place, checkpoints, state, progress)
@@ -252,10 +254,10 @@ def _write_adapter(experiment: Experiment, place: pathlib.Path) -> None:
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
   with _opened(workdir) as place:
-    packed = restore.open_packed(config)
+    packed = subject.open_packed(config)
     experiment = Experiment(config, training=False, packed=packed)
     _header('eval', experiment, place)
-    variables, origin = restore.start_of_eval(experiment, place)
+    variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
       say(f'start     {line}')
     started = time.monotonic()
@@ -300,13 +302,13 @@ def predict(config: Any, workdir: str) -> None:
   if jax.process_count() > 1:
     raise ConfigError('--mode=predict runs in one process; start it once')
   with _opened(workdir) as place:
-    packed = restore.open_packed(config)
-    names, line = restore.class_names_of_eval(config, place)
+    packed = subject.open_packed(config)
+    names, line = subject.class_names_of_eval(config, place)
     data = open_images(config, names)
     experiment = Experiment(config, training=False, data=data, packed=packed)
     _header('predict', experiment, place)
     say(f'classes   {line}')
-    variables, origin = restore.start_of_eval(experiment, place)
+    variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
       say(f'start     {line}')
     found = predict_lib.predict(experiment, variables)
@@ -383,7 +385,7 @@ def _float_params(
   experiment: Experiment, place: pathlib.Path
 ) -> dict[str, np.ndarray]:
   """Returns the trained parameters by path and says whence they are."""
-  variables, origin = restore.start_of_eval(experiment, place)
+  variables, origin = subject.start_of_eval(experiment, place)
   for line in origin:
     say(f'start     {line}')
   params = tree.flatten(variables['params'])

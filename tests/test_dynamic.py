@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvit_jax import artifacts, models, modes, restore, tree
+from qvit_jax import artifacts, models, modes, start, tree
 from qvit_jax.errors import QuantError
 from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import build_ops, build_plan, lsq, numerics
@@ -154,7 +154,7 @@ def test_a_run_starts_from_a_packed_file(tmp_path, capsys):
   config = config_of(**fields)
   experiment = Experiment(config, training=True)
   own = Checkpoints(tmp_path / 'tuned' / 'checkpoints', writer=True)
-  state, _, lines = restore.initial_state(experiment, own)
+  state, _, lines = start.initial_state(experiment, own)
   found = tree.flatten(state.variables)
   packed = artifacts.load(
     path, experiment.model.plan.sites, models.architecture(config)

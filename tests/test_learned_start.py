@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from qvit_jax import config as config_lib
-from qvit_jax import modes, restore, tree
+from qvit_jax import modes, tree
+from qvit_jax import start as start_lib
 from qvit_jax.calibration import Calibration
 from qvit_jax.errors import ConfigError, DivergedError, QuantError
 from qvit_jax.experiment import Experiment
@@ -77,7 +78,7 @@ def start(float_run, files, tmp_path, **fields):
   config_lib.validate(config, mode='train', overrides=())
   experiment = Experiment(config, training=True)
   own = Checkpoints(tmp_path / 'checkpoints', writer=True)
-  state, _, lines = restore.initial_state(experiment, own)
+  state, _, lines = start_lib.initial_state(experiment, own)
   return config, tree.flatten(state.variables), lines
 
 

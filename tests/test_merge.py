@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from qvit_jax import adapters, artifacts, lora, models, modes, restore, tree
+from qvit_jax import adapters, artifacts, lora, models, modes, subject, tree
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import QTensor, dequantize
@@ -138,7 +138,7 @@ def test_layers_without_adapters_keep_their_codes(packed_run):
   sites = models.list_sites(plain)
   packed = artifacts.load(path, sites, models.architecture(plain))
   experiment = Experiment(config, training=False)
-  variables, _, _ = restore.adapted_variables(experiment, packed_run)
+  variables, _, _ = subject.adapted_variables(experiment, packed_run)
   frozen = experiment.model.frozen
   spec = frozen.adapter.spec
   for site in sites:

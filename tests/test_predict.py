@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from qvit_jax import artifacts, models, modes, restore
+from qvit_jax import artifacts, models, modes, subject
 from qvit_jax.data import batches, open_images
 from qvit_jax.errors import CheckpointError, ConfigError, DataError
 from qvit_jax.experiment import Experiment
@@ -56,7 +56,7 @@ def probabilities(workdir, images, names):
   config.eval.images = str(images)
   data = open_images(config, tuple('0123456789'))
   experiment = Experiment(config, training=False, data=data)
-  variables, _ = restore.start_of_eval(experiment, workdir)
+  variables, _ = subject.start_of_eval(experiment, workdir)
   pixels = []
   for name in names:
     image = Image.open(images / name).convert('RGBA')
