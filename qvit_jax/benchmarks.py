@@ -56,7 +56,8 @@ def time_training(
   """Returns times, ratios, memory and FLOP/s of the train steps.
 
   Args:
-    twins: 'model' and, if that is quantized, 'float'.
+    twins: 'model' and, if that is quantized, 'float'; 'aqt' beside learned
+      steps.
     rounds: Timed turns of each candidate.
   """
   steppers = {name: _Stepper(twin) for name, twin in twins.items()}
@@ -171,7 +172,11 @@ def time_loader(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
   if 'float' not in seconds:
     return {}
-  return {'model_to_float': timing.ratio(seconds['model'], seconds['float'])}
+  return {
+    f'{name}_to_float': timing.ratio(seconds[name], seconds['float'])
+    for name in ('model', 'aqt')
+    if name in seconds
+  }
 
 
 def _candidate(

@@ -154,9 +154,9 @@ class Model:
       more = f', backward products {quant.backward_bits} bit, stochastic'
     if self.kernels == 'step' and quant.dampen:
       more = f', kernels dampened by {quant.dampen:g}'
-    if quant.hadamard:
-      turned = sum(map(bool, map(self.ops.core.block, plan.sites)))
-      more += f', inputs of {turned} layers turned'
+    if turned := getattr(self.ops.core, 'turned', ()):
+      count = sum(plan.by_path[path].acts is not None for path in turned)
+      more += f', inputs of {count} layers turned'
     if self.ops.core.is_packed and not self.packed:
       return f'{listed}, frozen and packed'
     return (

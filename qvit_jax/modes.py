@@ -38,6 +38,7 @@ from qvit_jax.data import Data, open_images
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment, Model
+from qvit_jax.quantization import RECIPES
 from qvit_jax.training import loop
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
@@ -337,13 +338,9 @@ def benchmark(config: Any, workdir: str) -> None:
     _add_teacher(experiment)
     twins = {'model': experiment}
     if config.quant.recipe != 'none' or config.lora.rank:
-      plain = copy.deepcopy(config)
-      plain.quant.recipe = 'none'
-      plain.lora.update(rank=0, targets=())  # the twin trains all it has
-      plain.train.trainable = ('auto',)
-      twins['float'] = Experiment(plain, training=True, data=experiment.data)
-      if config.train.teacher:  # a twin without it would be no twin
-        twins['float'].teacher = teacher_lib.load_teacher(twins['float'])
+      twins['float'] = _twin(experiment, 'none')
+    if 'quant' in RECIPES[config.quant.recipe].collections:
+      twins['aqt'] = _twin(experiment, 'aqt')  # what learned steps cost
     result = {
       'environment': report.environment(),
       'config_digest': report.config_digest(config_lib.to_json(config)),
@@ -360,6 +357,18 @@ def benchmark(config: Any, workdir: str) -> None:
       files.write_json(place / 'benchmark.json', result)
     say(benchmarks.table(result))
     say(f'results in {place / "benchmark.json"}')
+
+
+def _twin(experiment: Experiment, recipe: str) -> Experiment:
+  """Returns the same experiment under another recipe, training all it has."""
+  config = copy.deepcopy(experiment.config)
+  config.quant.recipe = recipe
+  config.lora.update(rank=0, targets=())
+  config.train.update(trainable=('auto',), stages=())
+  twin = Experiment(config, training=True, data=experiment.data)
+  if config.train.teacher:  # a twin without it would be no twin
+    twin.teacher = teacher_lib.load_teacher(twin)
+  return twin
 
 
 def _check_float(mode: str, config: Any) -> None:

@@ -27,14 +27,14 @@ def test_candidates_take_turns():
   assert calls == ['a', 'b'] * 4  # a warm-up call each, then three rounds
 
 
-def test_benchmark_measures_the_model_beside_its_float_twin(
+def test_benchmark_measures_the_model_beside_its_twins(
   digits_config, tmp_path, capsys
 ):
-  digits_config.quant.recipe = 'aqt'
+  digits_config.quant.recipe = 'lsq'
   modes.run('benchmark', digits_config, str(tmp_path))
   result = json.loads((tmp_path / 'benchmark.json').read_text())
   for part in ('train', 'inference'):
-    assert set(result[part]['candidates']) == {'model', 'float'}
+    assert set(result[part]['candidates']) == {'model', 'float', 'aqt'}
     for candidate in result[part]['candidates'].values():
       assert candidate['milliseconds']['median'] > 0
       assert candidate['compile_seconds'] > 0
@@ -49,7 +49,8 @@ def test_benchmark_measures_the_model_beside_its_float_twin(
   milliseconds = result['train']['candidates']['model']['milliseconds']
   assert rate == pytest.approx(1e3 * batch / milliseconds['median'])
   assert result['size_bytes']['model'] < result['size_bytes']['float']
-  assert 'train model_to_float' in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert 'train model_to_float' in printed and 'train aqt_to_float' in printed
 
 
 def test_benchmark_of_a_float_model_has_no_twin(digits_config, tmp_path):
