@@ -329,13 +329,32 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
   [
     ('lsq', {}, 'float32'),
     ('lsq', {'zero_point': False, 'steps': 'per_position'}, 'float32'),
-    ('lsq', {'default': 'w8a8', 'attention': 'a8'}, 'bfloat16'),
+    pytest.param(
+      'lsq',
+      {'default': 'w8a8', 'attention': 'a8'},
+      'bfloat16',
+      marks=pytest.mark.slow,
+    ),
     ('lsq', {'default': 'w4', 'attention': 'float'}, 'bfloat16'),
-    ('lsq', {'default': 'a4', 'steps': 'per_position'}, 'bfloat16'),
-    ('lsq', {'steps': 'per_token'}, 'bfloat16'),
+    pytest.param(
+      'lsq',
+      {'default': 'a4', 'steps': 'per_position'},
+      'bfloat16',
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      'lsq', {'steps': 'per_token'}, 'bfloat16', marks=pytest.mark.slow
+    ),
     ('lsq', {'steps': 'per_token', 'hadamard': True}, 'bfloat16'),
-    ('lsq', {'steps': 'per_position', 'hadamard': True}, 'float32'),
-    ('statsq', {'steps': 'per_head'}, 'float32'),
+    pytest.param(
+      'lsq',
+      {'steps': 'per_position', 'hadamard': True},
+      'float32',
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      'statsq', {'steps': 'per_head'}, 'float32', marks=pytest.mark.slow
+    ),
     ('statsq', {'steps': 'per_token', 'hadamard': True}, 'float32'),
     ('qvit', {}, 'bfloat16'),
     ('qvit', {'irm': 'layernorm', 'default': 'w2a2'}, 'float32'),

@@ -399,6 +399,7 @@ def test_accumulated_gradients_with_a_teacher_equal_whole_ones(twin, tmp_path):
     assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_make_a_teacher_of_a_size(tmp_path, monkeypatch):
   """A named size, written for PyTorch, teaches a smaller model."""
   monkeypatch.setitem(models.vit.SIZES, 'Ti', (24, 2, 3, 48))
@@ -551,6 +552,7 @@ def make_digits_config_aqt():
 # Benchmarks and several devices.
 
 
+@pytest.mark.slow
 def test_both_twins_of_a_benchmark_have_the_teacher(
   twin, tmp_path, monkeypatch
 ):
@@ -577,6 +579,7 @@ print('fc1', kernel.shape, 'shard', kernel.addressable_shards[0].data.shape)
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(tmp_path):
   from tests.conftest import make_sharded_config
 
