@@ -471,7 +471,7 @@ def test_steps_have_their_own_learning_rate(float_run, tmp_path):
   changes = {**LEARNED, 'checkpoint.path': str(float_run),
              'optim.schedule': 'constant', 'train.steps': 6}  # fmt: skip
   digits_run(tmp_path, 'slow', **changes, **{'optim.quant_lr': 1e-12})
-  digits_run(tmp_path, 'fast', **changes, **{'optim.quant_lr': 1e-3})
+  digits_run(tmp_path, 'fast', **changes, **{'optim.quant_lr': 1e-2})
   digits_run(tmp_path, 'frozen', **changes, **{'train.trainable': ('params',)})
   slow, fast, frozen = (
     steps_of(tmp_path / n, 6) for n in ('slow', 'fast', 'frozen')
@@ -480,8 +480,10 @@ def test_steps_have_their_own_learning_rate(float_run, tmp_path):
   assert len(names) > 20
   for name in names:
     np.testing.assert_allclose(slow[name], frozen[name], atol=1e-9)
-  moved = [np.abs(fast[n] - frozen[n]).max() for n in names]
-  assert np.median(moved) > 1e-4
+  # Six updates of AdamW, each at most about the rate times the array's size.
+  size = lambda x: np.sqrt(np.square(x).mean())
+  moved = [np.abs(fast[n] - frozen[n]).max() / size(frozen[n]) for n in names]
+  assert np.median(moved) > 1e-2 and max(moved) < 0.1
 
 
 def test_lsq_without_zero_points_keeps_them(float_run, tmp_path):

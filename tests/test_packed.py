@@ -294,7 +294,7 @@ def fails(error, mode, config, workdir, *parts, overrides=()):
     assert part in text
 
 
-@pytest.mark.parametrize('mode', sorted(set(modes.MODES) - {'eval'}))
+@pytest.mark.parametrize('mode', sorted(set(modes.MODES) - {'eval', 'predict'}))
 def test_only_eval_reads_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
