@@ -170,6 +170,13 @@ def main(argv: list[str]) -> int:
     return 2
 
 
+def _interrupt(number, frame):
+  # Remembered for the training loop's `StopFlag`: an exception that is raised
+  # inside a callback of the garbage collector is printed and forgotten.
+  _interrupt.received = signal.Signals(number).name
+  signal.default_int_handler(number, frame)
+
+
 if __name__ == '__main__':
   # TensorFlow only writes TensorBoard files here: no chatter, no oneDNN.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -177,5 +184,5 @@ if __name__ == '__main__':
   # Before and after the training loop, which has handlers of its own. SIGINT
   # too: a shell that starts us in the background tells us to ignore it.
   for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    signal.signal(number, signal.default_int_handler)
+    signal.signal(number, _interrupt)
   sys.exit(main(sys.argv))

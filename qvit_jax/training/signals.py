@@ -24,7 +24,10 @@ class StopFlag:
 
   def __enter__(self) -> 'StopFlag':
     for number in SIGNALS:
-      self._before[number] = signal.signal(number, self._handle)
+      before = signal.signal(number, self._handle)
+      self._before[number] = before
+      # One that came earlier and did not stop us; see main.py.
+      self.received = self.received or getattr(before, 'received', None)
     return self
 
   def __exit__(self, *unused) -> None:
