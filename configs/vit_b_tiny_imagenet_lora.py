@@ -24,7 +24,7 @@ def get_config():
   )  # fmt: skip
   config.lora.update(rank=4, alpha=32.0, targets=('attn', 'mlp'))
   config.weights.update(path='hf://google/vit-base-patch16-224', required=False)
-  config.data.update(source='folder', flip=True)
+  config.data.update(source='folder', eval_split='val', workers=4, flip=True)
   config.data.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optim.update(
       lr=1e-3, schedule='linear', weight_decay=0.03,

@@ -1,4 +1,4 @@
-"""Adapters on disk: one safetensors file each, without the base. Row 9.
+"""Adapters on disk: one safetensors file each, without the base. Row 10.
 
 Its tensors are what was trained; its header says of which base, by a digest,
 and with which config, which tells where that base came from.

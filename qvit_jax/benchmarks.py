@@ -1,4 +1,4 @@
-"""What `--mode=benchmark` times of an experiment and its float twin. Row 8."""
+"""What `--mode=benchmark` times of an experiment and its float twin. Row 10."""
 
 import time
 from collections.abc import Callable

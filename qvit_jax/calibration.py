@@ -1,4 +1,4 @@
-"""Images and statistics that post-training quantization goes by. Row 9.
+"""Images and statistics that post-training quantization goes by. Row 10.
 
 Statistics are kept as files in the workdir's `calibration`, so that a row that
 is added later, or another run of the same weights, need not collect them again.

@@ -1,4 +1,4 @@
-"""Accuracy against bits by training: which runs, their points. Row 10."""
+"""Accuracy against bits by training: which runs, their points. Row 11."""
 
 import copy
 import dataclasses

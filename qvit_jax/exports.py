@@ -1,4 +1,4 @@
-"""What `--mode=export` writes of parameters in the layout of others. Row 12."""
+"""What `--mode=export` writes of parameters in the layout of others. Row 13."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import numpy as np
 
 from qvit_jax import files, models, packing, restore, tree, weights
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import Model
 from qvit_jax.training.checkpoint import Checkpoints
+from qvit_jax.whole_model import Model
 
 
 def export(

@@ -1,4 +1,4 @@
-"""What the report of a PTQ table says beside its rows. Row 10."""
+"""What the report of a PTQ table says beside its rows. Row 11."""
 
 import json
 import pathlib

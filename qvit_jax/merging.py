@@ -1,4 +1,4 @@
-"""What `--mode=merge_lora` writes: kernels with adapters in them. Row 12."""
+"""What `--mode=merge_lora` writes: kernels with adapters in them. Row 13."""
 
 import copy
 import dataclasses

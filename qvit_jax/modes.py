@@ -1,4 +1,4 @@
-"""What `--mode` may be: one function each. Row 13; knows nothing of flags."""
+"""What `--mode` may be: one function each. Row 14; knows nothing of flags."""
 
 import contextlib
 import copy
@@ -37,12 +37,13 @@ from qvit_jax import teacher as teacher_lib
 from qvit_jax.data import Data, open_images
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
-from qvit_jax.experiment import Experiment, Model
+from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import RECIPES
 from qvit_jax.training import loop
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
 from qvit_jax.training.writers import Writers, open_writers
+from qvit_jax.whole_model import Model
 
 # Rounds of a benchmark: enough for percentiles, a minute or two for small
 # models on a CPU.

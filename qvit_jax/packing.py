@@ -1,4 +1,4 @@
-"""What `--mode=export` writes of a run that learned its bits. Row 11."""
+"""What `--mode=export` writes of a run that learned its bits. Row 12."""
 
 import pathlib
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import numpy as np
 
 from qvit_jax import artifacts, files, models, restore, tree
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import Model
 from qvit_jax.quantization.pack_qat import pack
 from qvit_jax.quantization.ptq import Packed
+from qvit_jax.whole_model import Model
 
 NAME = 'model.packed.safetensors'
 _IMAGES = 32  # random ones, on which logits are compared

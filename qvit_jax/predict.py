@@ -1,4 +1,4 @@
-"""What `--mode=predict` says of each image. Row 10."""
+"""What `--mode=predict` says of each image. Row 11."""
 
 import json
 import sys

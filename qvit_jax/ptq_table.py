@@ -1,4 +1,4 @@
-"""What `--mode=ptq` runs: every row, packed, measured beside float. Row 11."""
+"""What `--mode=ptq` runs: every row, packed, measured beside float. Row 12."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Reads runs and weights: their arrays, facts and class names. Row 10."""
+"""Reads runs and weights: their arrays, facts and class names. Row 11."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from qvit_jax import (
   weights,
 )
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
-from qvit_jax.experiment import Experiment, Model
+from qvit_jax.experiment import Experiment
 from qvit_jax.training import checkpoint
 from qvit_jax.training.state import (
   join_collections,
   split_collections,
 )
+from qvit_jax.whole_model import Model
 
 # What adapters are must be known to whoever adds them to a kernel.
 _OF_ADAPTERS = (

@@ -1,4 +1,4 @@
-"""What `--mode=sensitivity` measures: each site alone at each spec. Row 10.
+"""What `--mode=sensitivity` measures: each site alone at each spec. Row 11.
 
 The table is the input of the search for bits in `mixed_precision`.
 """

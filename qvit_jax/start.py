@@ -1,4 +1,4 @@
-"""What a training starts from: its checkpoint, a run, weights. Row 11."""
+"""What a training starts from: its checkpoint, a run, weights. Row 12."""
 
 import pathlib
 from typing import Any
@@ -17,7 +17,7 @@ from qvit_jax import (
 )
 from qvit_jax import config as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError
-from qvit_jax.experiment import Experiment, Model
+from qvit_jax.experiment import Experiment
 from qvit_jax.quantization.learned_core import LearnedCore
 from qvit_jax.quantization.pack_qat import unpack
 from qvit_jax.training import checkpoint
@@ -26,6 +26,7 @@ from qvit_jax.training.state import (
   TrainState,
   join_collections,
 )
+from qvit_jax.whole_model import Model
 
 # A resumed run must not change these; other fields may, and are printed.
 _FIXED = (

@@ -1,4 +1,4 @@
-"""The model that eval, predict, ptq and merge_lora look at. Row 11."""
+"""The model that eval, predict, ptq and merge_lora look at. Row 12."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The model that a student learns from: loaded, placed, asked. Row 11."""
+"""The model that a student learns from: loaded, placed, asked. Row 12."""
 
 import copy
 import dataclasses

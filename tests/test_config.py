@@ -9,7 +9,7 @@ from configs import common
 from qvit_jax import config as config_lib
 from qvit_jax import fields
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import Model
+from qvit_jax.whole_model import Model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(

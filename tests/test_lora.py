@@ -13,12 +13,13 @@ import pytest
 from qvit_jax import frozen as frozen_lib
 from qvit_jax import lora, modes, tree
 from qvit_jax.errors import CheckpointError, ConfigError, Preempted
-from qvit_jax.experiment import Experiment, Model
+from qvit_jax.experiment import Experiment
 from qvit_jax.ops import Ops, Site, SiteDense
 from qvit_jax.quantization import QTensor, dequantize, quantize
 from qvit_jax.quantization.frozen_core import FrozenCore
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.state import split_collections
+from qvit_jax.whole_model import Model
 from tests import reference
 from tests.conftest import make_digits_config
 from tests.small_models import normal
