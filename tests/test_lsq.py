@@ -470,16 +470,11 @@ def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
 def test_steps_have_their_own_learning_rate(float_run, tmp_path):
   changes = {**LEARNED, 'checkpoint.path': str(float_run),
              'optim.schedule': 'constant', 'train.steps': 6}  # fmt: skip
-  digits_run(tmp_path, 'slow', **changes, **{'optim.quant_lr': 1e-12})
   digits_run(tmp_path, 'fast', **changes, **{'optim.quant_lr': 1e-2})
   digits_run(tmp_path, 'frozen', **changes, **{'train.trainable': ('params',)})
-  slow, fast, frozen = (
-    steps_of(tmp_path / n, 6) for n in ('slow', 'fast', 'frozen')
-  )
-  names = [n for n in slow if n.endswith('_step')]
+  fast, frozen = (steps_of(tmp_path / n, 6) for n in ('fast', 'frozen'))
+  names = [n for n in fast if n.endswith('_step')]
   assert len(names) > 20
-  for name in names:
-    np.testing.assert_allclose(slow[name], frozen[name], atol=1e-9)
   # Six updates of AdamW, each at most about the rate times the array's size.
   size = lambda x: np.sqrt(np.square(x).mean())
   moved = [np.abs(fast[n] - frozen[n]).max() / size(frozen[n]) for n in names]

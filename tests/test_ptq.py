@@ -393,8 +393,8 @@ def read(place):
 
 def test_the_table_of_a_run(trained, tmp_path, capsys):
   names = ('fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
-           'int8_weight_only', 'int4_weight_only', 'w8a8', 'w10a12',
-           'w4a4', 'w4a4+bias_correction')  # fmt: skip
+           'int8_weight_only', 'int4_weight_only', 'w10a12', 'w4a4',
+           'w4a4+bias_correction')  # fmt: skip
   config = ptq_config(trained, *names)
   modes.run('ptq', config, str(tmp_path))
   result = read(tmp_path)
