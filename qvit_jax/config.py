@@ -49,44 +49,8 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     ConfigError: A value is illegal, or an override has no effect in any mode.
   """
   flat = flatten(config)
-  for name in LEGAL:
-    if name not in flat:
-      raise ConfigError(
-        f'the config has no field {name}; build it with '
-        'configs.common.get_config()'
-      )
-  for name, value in flat.items():
-    if name not in LEGAL:
-      raise ConfigError(
-        f'the config has an unknown field {name}; the nearest is '
-        f'{difflib.get_close_matches(name, LEGAL, n=1, cutoff=0.0)[0]}'
-      )
-    holds, legal = LEGAL[name]
-    if not _holds(holds, value):
-      raise ConfigError(
-        f'{name}={value!r} is not allowed; allowed: {legal}. Set '
-        f'--config.{name}=...'
-      )
-  if not config.train.steps and config.train.epochs <= 0:
-    raise ConfigError(
-      'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
-      'positive number'
-    )
-  if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
-    recipes = 'none'
-    if mode not in ('ptq', 'sensitivity'):
-      recipes = 'none, aqt, lsq, statsq or qvit'
-    raise ConfigError(
-      "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
-      f'and --mode=predict read; for --mode={mode} set '
-      f'--config.quant.recipe={recipes}'
-    )
-  if config.quant.calibration_path and config.quant.steps == 'per_head':
-    raise ConfigError(
-      f'quant.calibration_path={config.quant.calibration_path!r} holds no '
-      "statistics of each head, which quant.steps='per_head' wants; set "
-      '--config.quant.steps=per_tensor or per_position, or leave the path out'
-    )
+  _check_fields(flat)
+  _check_whole(config, mode)
   _check_lora(config, mode)
   if mode in ('train', 'benchmark'):
     _check_teacher(config)
@@ -109,6 +73,52 @@ def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
     and (mode, name, bool(config.quant.calibration_path))
     != ('train', 'ptq.range', True)
   ]
+
+
+def _check_fields(flat: dict[str, Any]) -> None:
+  """Raises ConfigError where a field is missing, unknown or illegal."""
+  for name in LEGAL:
+    if name not in flat:
+      raise ConfigError(
+        f'the config has no field {name}; build it with '
+        'configs.common.get_config()'
+      )
+  for name, value in flat.items():
+    if name not in LEGAL:
+      raise ConfigError(
+        f'the config has an unknown field {name}; the nearest is '
+        f'{difflib.get_close_matches(name, LEGAL, n=1, cutoff=0.0)[0]}'
+      )
+    holds, legal = LEGAL[name]
+    if not _holds(holds, value):
+      raise ConfigError(
+        f'{name}={value!r} is not allowed; allowed: {legal}. Set '
+        f'--config.{name}=...'
+      )
+
+
+def _check_whole(config, mode: str) -> None:
+  """Raises ConfigError where fields do not go together."""
+  if not config.train.steps and config.train.epochs <= 0:
+    raise ConfigError(
+      'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
+      'positive number'
+    )
+  if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
+    recipes = 'none'
+    if mode not in ('ptq', 'sensitivity'):
+      recipes = 'none, aqt, lsq, statsq or qvit'
+    raise ConfigError(
+      "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
+      f'and --mode=predict read; for --mode={mode} set '
+      f'--config.quant.recipe={recipes}'
+    )
+  if config.quant.calibration_path and config.quant.steps == 'per_head':
+    raise ConfigError(
+      f'quant.calibration_path={config.quant.calibration_path!r} holds no '
+      "statistics of each head, which quant.steps='per_head' wants; set "
+      '--config.quant.steps=per_tensor or per_position, or leave the path out'
+    )
 
 
 def _check_lora(config, mode: str) -> None:

@@ -37,13 +37,11 @@ def losses(workdir):
   return np.array([r['loss'] for r in rows if r['split'] == 'train'])
 
 
-@pytest.fixture(scope='module')
-def eight_devices(tmp_path_factory):
-  """Returns (folder of all runs, what was printed)."""
-  folder = tmp_path_factory.mktemp('mesh')
+def on_eight(folder, recipes):
+  """Trains {name: overrides} on both meshes; returns what was printed."""
   runs = {
     f'{recipe}_{mesh}': {**fields, **axes}
-    for recipe, fields in RUNS.items()
+    for recipe, fields in recipes.items()
     for mesh, axes in MESHES.items()
   }
   env = {
@@ -61,7 +59,14 @@ def eight_devices(tmp_path_factory):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  return folder, done.stdout
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def eight_devices(tmp_path_factory):
+  """Returns (folder of all runs, what was printed)."""
+  folder = tmp_path_factory.mktemp('mesh')
+  return folder, on_eight(folder, RUNS)
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +92,25 @@ def test_eight_devices_give_the_losses_of_one(
   assert len(expected) == 5
   assert expected[-1] < expected[0]  # it learns: equality is no accident
   np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_learned_steps_on_eight_devices(tmp_path):
+  """Steps are fitted to all images, and all devices move them alike."""
+  from tests.conftest import make_sharded_config
+
+  quant = {'quant.default': 'w8a8', 'quant.attention': 'a8'}
+  recipes = {
+    name: {'quant.recipe': name, **quant} for name in ('lsq', 'statsq')
+  }
+  on_eight(tmp_path, recipes)
+  for recipe, fields in recipes.items():
+    modes.run('train', make_sharded_config(fields), str(tmp_path / recipe))
+    expected = losses(tmp_path / recipe)
+    assert len(expected) == 5 and expected[-1] < expected[0]
+    for mesh in MESHES:
+      found = losses(tmp_path / f'{recipe}_{mesh}')
+      np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
 def test_the_header_says_how_the_devices_are_used(eight_devices):

@@ -20,7 +20,6 @@ import optax
 from jaxtyping import Array, Float
 
 from qvit_jax.ops import FloatCore, Ops
-from qvit_jax.quantization.integer_core import IntegerCore
 from qvit_jax.quantization.ptq import Packed
 
 _BATCH = 32
@@ -81,8 +80,7 @@ def tune(
     seed: Of the choice of images.
     progress: Called with a line now and then.
   """
-  core = packed.ops.core
-  assert isinstance(core, IntegerCore)
+  core: Any = packed.ops.core
   soft = build(Ops(core=dataclasses.replace(core, is_exact=False)))
   plain = build(Ops(core=FloatCore()))
   chain = optax.adam(optax.cosine_decay_schedule(lr, steps))

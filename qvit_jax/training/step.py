@@ -90,27 +90,7 @@ def make_train_step(
     and, where more than parameters is trained, `tree.first_not_finite` of the
     rest (`learned_paths` names it) after the update.
   """
-
-  def loss_of(trained, fixed, images, labels, key):
-    frozen, given = fixed
-    augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
-    x, targets = prepare(augment_key, images, labels)
-    logits = apply(
-      join_collections(frozen, trained),
-      x,
-      train=True,
-      rngs={'dropout': dropout_key, 'rounding': rounding_key},
-    )
-    logits, seen = logits if teacher else (logits, None)
-    loss = losses.cross_entropy(logits, targets, train.label_smoothing)
-    parts: tuple[jax.Array, ...] = ()
-    if teacher:
-      loss, parts = teacher(given, x, logits, seen, loss)
-    if penalty:
-      weight, of_variables = penalty
-      parts = (*parts, of_variables(join_collections(frozen, trained)))
-      loss = loss + weight * parts[-1]
-    return loss, (losses.top1(logits, targets), parts)
+  loss_of = _loss_function(apply, prepare, train, teacher, penalty)
 
   def step(state: TrainState, source: Any, batch: Any, given: Any = None):
     number = state.step + 1
@@ -146,3 +126,30 @@ def make_train_step(
     return state, jnp.stack(tick).astype(jnp.float32)
 
   return step
+
+
+def _loss_function(apply, prepare, train, teacher, penalty):
+  """Returns loss(trained, (frozen, given), images, labels, key) of a batch."""
+
+  def loss_of(trained, fixed, images, labels, key):
+    frozen, given = fixed
+    augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
+    x, targets = prepare(augment_key, images, labels)
+    logits = apply(
+      join_collections(frozen, trained),
+      x,
+      train=True,
+      rngs={'dropout': dropout_key, 'rounding': rounding_key},
+    )
+    logits, seen = logits if teacher else (logits, None)
+    loss = losses.cross_entropy(logits, targets, train.label_smoothing)
+    parts: tuple[jax.Array, ...] = ()
+    if teacher:
+      loss, parts = teacher(given, x, logits, seen, loss)
+    if penalty:
+      weight, of_variables = penalty
+      parts = (*parts, of_variables(join_collections(frozen, trained)))
+      loss = loss + weight * parts[-1]
+    return loss, (losses.top1(logits, targets), parts)
+
+  return loss_of
