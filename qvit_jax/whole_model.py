@@ -35,8 +35,6 @@ class Model:
     if self.frozen:
       self.plan = self.frozen.plan(self.plan)
     self.ops: Ops = packed.ops if packed else self._make_ops(self.plan)
-    if config.train.trainable == ('auto',) and not packed:
-      config.train.trainable = self._trainable()
     self.module = models.build_model(config, self.ops)
     self._trained = self.module
     if self.ops.core.is_packed:  # kernels are made in float
@@ -46,6 +44,8 @@ class Model:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     # As initialised; `shapes` are those after kernels were packed.
     self.float_shapes = jax.eval_shape(self.init, jax.random.key(0), images)
+    if config.train.trainable == ('auto',) and not packed:
+      config.train.trainable = self._trainable()
     self.shapes = self.float_shapes
     if self.frozen:
       self.shapes = jax.eval_shape(self.frozen.settle, self.shapes)
@@ -62,6 +62,8 @@ class Model:
   def _trainable(self) -> tuple[str, ...]:
     """Returns what is trained where the config leaves it to the method."""
     collections = RECIPES[self.config.quant.recipe].collections
+    # StatsQ kernels with ranges of each token have nothing to learn there.
+    collections = tuple(c for c in collections if c in self.float_shapes)
     if not self.frozen:
       return collections
     more = tuple(name for name in collections if name != 'params')

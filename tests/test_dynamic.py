@@ -1,5 +1,7 @@
 """Training with ranges found in each token, and from packed models."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,19 @@ def test_a_run_starts_from_a_packed_file(tmp_path, capsys):
   assert f'starting from the packed model {path}' in lines
   modes.run('train', config_of(**fields), str(tmp_path / 'tuned'))
   assert 'inputs of 1 layers turned' in capsys.readouterr().out
+
+
+def test_nothing_but_parameters_is_learned_without_steps(tmp_path, capsys):
+  """StatsQ kernels and ranges of each token: straight-through training."""
+  config = make_digits_config()
+  config.quant.update({**DYNAMIC, 'recipe': 'statsq'})
+  config.train.steps = config.eval.every = 2
+  modes.run('train', config, str(tmp_path / 'run'))
+  step = Checkpoints(tmp_path / 'run' / 'checkpoints', writer=False)
+  assert config.train.trainable == ('params',)
+  assert step.latest() == 2
+  config.export.format = 'packed'
+  modes.run('export', config, str(tmp_path / 'run'))
+  text = capsys.readouterr().out
+  (apart,) = re.findall(r'images within (\S+) of the run, 100.0%', text)
+  assert float(apart) < 1e-6
