@@ -1,7 +1,7 @@
 """Builds everything that one config describes. Row 9: the only assembler."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -318,7 +318,7 @@ class Experiment:
     )
     return compile_timed(step, state, source, batch, self.given)
 
-  def train_batches(self, first: int, last: int) -> Iterator[Any]:
+  def train_batches(self, first: int, last: int) -> Generator[Any, None, None]:
     """Yields the placed batches of updates `first` .. `last`."""
     batch = self.config.train.batch_size
     rows = sharding.local_rows(self.mesh, batch)

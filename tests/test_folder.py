@@ -569,3 +569,4 @@ def test_worker_processes_read_and_skip_the_same(tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('cannot be decoded') == 4
+  assert 'leaked' not in done.stderr

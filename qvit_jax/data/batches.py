@@ -8,6 +8,7 @@ jitted step.
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -174,9 +175,17 @@ class StreamedSplit:
       .to_iter_dataset(grain.ReadOptions(num_threads=0))
     )
     options = grain.MultiprocessingOptions(num_workers=workers)
-    for loaded in loader.mp_prefetch(options):
-      # Copied, because JAX would keep the workers' shared memory in use.
-      yield {name: np.array(value) for name, value in loaded.items()}
+    batches, loaded = iter(loader.mp_prefetch(options)), {}
+    try:
+      for loaded in batches:
+        # Copied, because JAX would keep the workers' shared memory in use.
+        yield {name: np.array(value) for name, value in loaded.items()}
+    finally:
+      batches.close()
+      # grain's iterators refer to each other; until they are collected, shared
+      # memory is left over, of which Python warns at exit.
+      del batches, loaded
+      gc.collect()
 
   def _example(self, index: int) -> dict[str, np.ndarray]:
     """Returns the example, or the next good one, and how many were skipped."""

@@ -5,9 +5,10 @@ nor data source.
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ class Parts:
   total_steps: int
   steps_per_epoch: int
   make_step: Callable[[int, TrainState, Any], tuple[Callable, int]]
-  train_batches: Callable[[int, int], Iterator[Any]]
+  train_batches: Callable[[int, int], Generator[Any, None, None]]
   evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
@@ -145,32 +146,34 @@ class Trainer:
     if self._done >= total or self._is_stale():
       return
     step, last = None, self._done
-    for batch in self.parts.train_batches(self._done + 1, total):
-      if self._done == last:
-        self._drain()
-        step, last = self.parts.make_step(self._done + 1, self.state, batch)
-        self._restart_clock()  # compiling is not training
-      self.state, tick = step(self.state, batch)
-      self._done += 1
-      self._pending.append((self._done, tick))
-      if self._saved == self._done - 1:
-        self._finish_saving()
-      while len(self._pending) >= self._max_in_flight:
-        self._read_tick()
-      if self._is_log_step(self._done):
-        self._drain()  # so that the line's rate is that of finished updates
-      stop = self._flag.agreed()
-      self._maintain()
-      if stop:
-        self._stop()
-      if self._is_stale():
-        if self._saved != self._done:
-          self._save()
-        self._console.line(
-          f'stopped early at step {self._done}: no better top1 in '
-          f'{self.progress.stale} evaluations (train.patience)'
-        )
-        return
+    batches = self.parts.train_batches(self._done + 1, total)
+    with contextlib.closing(batches):  # workers end with the training
+      for batch in batches:
+        if self._done == last:
+          self._drain()
+          step, last = self.parts.make_step(self._done + 1, self.state, batch)
+          self._restart_clock()  # compiling is not training
+        self.state, tick = step(self.state, batch)
+        self._done += 1
+        self._pending.append((self._done, tick))
+        if self._saved == self._done - 1:
+          self._finish_saving()
+        while len(self._pending) >= self._max_in_flight:
+          self._read_tick()
+        if self._is_log_step(self._done):
+          self._drain()  # so that the line's rate is that of finished updates
+        stop = self._flag.agreed()
+        self._maintain()
+        if stop:
+          self._stop()
+        if self._is_stale():
+          if self._saved != self._done:
+            self._save()
+          self._console.line(
+            f'stopped early at step {self._done}: no better top1 in '
+            f'{self.progress.stale} evaluations (train.patience)'
+          )
+          return
 
   def _maintain(self) -> None:
     """Evaluates and saves if this step is one for it."""
