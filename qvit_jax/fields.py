@@ -406,7 +406,12 @@ UNUSED = {
                 'data.resident_mib', 'eval.num_examples', 'eval.every',
                 *_TRAINING),
     'ptq': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
-    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    'sensitivity': ('optim', 'train', 'export', 'log', 'mesh', 'ptq.rows',
+                    'ptq.calibration_examples', 'ptq.calibration_path',
+                    'ptq.range', 'ptq.scales', 'ptq.tune_steps',
+                    'ptq.latency_batch', 'ptq.rounds', 'ptq.qat_runs',
+                    'ptq.qat_specs', 'ptq.qat_recipe', 'ptq.qat_seeds',
+                    *_PREDICT),
     'sites': ('optim', 'train', 'weights', 'data', 'eval', 'checkpoint',
               'mesh', 'log', 'seed', 'export', 'ptq', *_TRAINING),
     # It times the first updates of stage 'all', from random weights.

@@ -1,22 +1,18 @@
-"""What `--mode` may be: one function each. Row 14; knows nothing of flags."""
+"""What `--mode` may be: one function each. Row 15; knows nothing of flags."""
 
-import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from qvit_jax import (
-  adapters,
   artifacts,
   benchmarks,
   curve,
@@ -26,7 +22,6 @@ from qvit_jax import (
   packing,
   ptq_table,
   restore,
-  start,
   subject,
   tree,
 )
@@ -34,15 +29,20 @@ from qvit_jax import config as config_lib
 from qvit_jax import predict as predict_lib
 from qvit_jax import sensitivity as sensitivity_lib
 from qvit_jax import teacher as teacher_lib
-from qvit_jax.data import Data, open_images
+from qvit_jax.data import open_images
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import RECIPES
-from qvit_jax.training import loop
-from qvit_jax.training.checkpoint import Checkpoints
-from qvit_jax.training.console import Console
-from qvit_jax.training.writers import Writers, open_writers
+from qvit_jax.session import (
+  add_teacher,
+  header,
+  opened,
+  say,
+  say_bad_files,
+  write_results,
+)
+from qvit_jax.train_mode import train
 from qvit_jax.whole_model import Model
 
 # Rounds of a benchmark: enough for percentiles, a minute or two for small
@@ -77,12 +77,6 @@ def run(
   MODES[mode](config, workdir)
 
 
-def say(text: str) -> None:
-  """Prints a line on the first process."""
-  if jax.process_index() == 0:
-    print(text, flush=True)
-
-
 def _join_processes() -> None:
   """Joins the other processes of a run that was started as several.
 
@@ -105,160 +99,12 @@ def _join_processes() -> None:
   jax.distributed.initialize(**own)
 
 
-@contextlib.contextmanager
-def _opened(workdir: str) -> Iterator[pathlib.Path]:
-  """Opens the workdir and keeps other runs out (on the first process)."""
-  place = files.open_workdir(workdir)
-  is_first = jax.process_index() == 0
-  with files.Lock(place) if is_first else contextlib.nullcontext():
-    yield place
-
-
-def _header(mode: str, experiment: Experiment, workdir: pathlib.Path) -> None:
-  devices = jax.devices()
-  mesh = ' x '.join(f'{k}={v}' for k, v in experiment.mesh.shape.items())
-  say(f'mode      {mode}')
-  say(f'model     {experiment.model.title}')
-  say(f'bits      {experiment.model.bits}')
-  for line in experiment.model.adapter_lines():
-    say(f'lora      {line}')
-  say(f'data      {experiment.data.description}')
-  for line in experiment.data.notes:
-    say(f'data      {line}')
-  say(
-    f'devices   {len(devices)} x {devices[0].device_kind} ({mesh}), '
-    f'{jax.process_count()} process(es)'
-  )
-  say(f'workdir   {workdir}')
-
-
-def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
-  """Trains, evaluates and saves; goes on where the workdir stopped.
-
-  Args:
-    config: A validated config.
-    workdir: Where to write.
-    data: An opened data set; by default the config's is opened.
-  """
-  with _opened(workdir) as place:
-    experiment = Experiment(config, training=True, data=data)
-    _header('train', experiment, place)
-    say(f'schedule  {experiment.schedule_line()}')
-    if config.train.stages:
-      say(f'stages    {", ".join(map(str, experiment.stages))}')
-    for line in experiment.precision_lines():
-      say(f'precision {line}')
-    for line in experiment.whole:
-      say(f'sharding  {line}')
-    checkpoints = Checkpoints(place / 'checkpoints', writer=True)
-    if jax.process_count() > 1:  # nobody reads before the first has tidied up
-      multihost_utils.sync_global_devices('checkpoints')
-    if experiment.model.frozen and checkpoints.latest() is None:
-      adapters.check_free(config, place)
-    state, progress, origin = start.initial_state(experiment, checkpoints)
-    for line in origin:
-      say(f'start     {line}')
-    _add_teacher(experiment)
-    start.check_teacher(experiment, progress)
-    if jax.process_index() == 0:
-      files.write_json(place / 'config.json', config_lib.to_json(config))
-    progress = _train(experiment, place, checkpoints, state, progress)
-    _write_results(
-      experiment, place, progress.best, f'step {progress.best_step}'
-    )
-    _say_bad_files(experiment)
-    if experiment.model.frozen:
-      _write_adapter(experiment, place)
-    say(
-      f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
-      f'results in {place / "results.json"}'
-    )
-
-
-def _say_bad_files(experiment: Experiment) -> None:
-  for line in experiment.data.bad_files.lines():
-    say(f'data      {line}')
-
-
-def _add_teacher(experiment: Experiment) -> None:
-  """Loads the teacher that the config asks for and says what it is."""
-  if experiment.config.train.teacher:
-    experiment.teacher = teacher_lib.load_teacher(experiment)
-    for line in experiment.teacher.lines:
-      say(f'teacher   {line}')
-
-
-def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
-  """Runs the loop; returns its progress."""
-  config, total = experiment.config, experiment.total_steps
-  done = int(state.step)
-  if jax.process_index() == 0:
-    writers, where = open_writers(
-      place, tensorboard=config.log.tensorboard, resume_step=done
-    )
-    say(f'metrics   {where}')
-    writers.write_texts(
-      done, {'config': json.dumps(config_lib.to_json(config))}
-    )
-  else:
-    writers = Writers([])
-  source = experiment.replicate(experiment.data.train.source)
-
-  def make_step(number, state, batch):
-    stage = next(s for s in experiment.stages if number <= s.last)
-    if config.train.stages:
-      say(stage.line)
-    say('compiling the train step ...')
-    step, seconds = experiment.compile_train_step(
-      state, source, batch, stage=stage.name
-    )
-    say(f'compiled in {seconds:.1f} s')
-    given = experiment.given
-    return lambda state, batch: step(state, source, batch, given), stage.last
-
-  parts = loop.Parts(
-    config=config,
-    total_steps=total,
-    steps_per_epoch=experiment.steps_per_epoch,
-    make_step=make_step,
-    train_batches=experiment.train_batches,
-    evaluate=experiment.make_evaluator(),
-    schedule=experiment.schedule,
-    metadata=experiment.metadata(),
-    tick=experiment.tick,
-    kept=experiment.model.kept,
-    learned=experiment.learned,
-  )
-  trainer = loop.Trainer(
-      parts, state, progress, checkpoints=checkpoints, writers=writers,
-      console=Console(total, done, config.train.batch_size),
-  )  # fmt: skip
-  try:
-    return trainer.run()
-  finally:
-    writers.close()
-
-
-def _write_adapter(experiment: Experiment, place: pathlib.Path) -> None:
-  """Writes the best adapters of a run into a file of their own."""
-  trained, origin = restore.restore_variables(
-    experiment, str(place), same_plan=True
-  )
-  facts, _ = restore.find_checkpoint(str(place))
-  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
-  trained = whole(trained)
-  if jax.process_index() == 0:
-    path = adapters.path_of(experiment.config, place)
-    size = adapters.save(path, trained, facts.metadata(facts.best()))
-    say(f'adapters of {origin.partition(" of ")[0]}: {size:,} bytes in {path}')
-
-
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     packed = subject.open_packed(config)
     experiment = Experiment(config, training=False, packed=packed)
-    _header('eval', experiment, place)
+    header('eval', experiment, place)
     variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
       say(f'start     {line}')
@@ -270,8 +116,8 @@ def evaluate(config: Any, workdir: str) -> None:
         f'the evaluation loss of {origin[0]} is {metrics["loss"]}; evaluate '
         'another checkpoint or train with a lower optim.lr'
       )
-    _write_results(experiment, place, metrics, origin[0].partition(' of ')[0])
-    _say_bad_files(experiment)
+    write_results(experiment, place, metrics, origin[0].partition(' of ')[0])
+    say_bad_files(experiment)
     say(
       '  '.join(
         f'{name} {metrics[name]:.6f}'
@@ -282,33 +128,16 @@ def evaluate(config: Any, workdir: str) -> None:
     )
 
 
-def _write_results(
-  experiment: Experiment,
-  place: pathlib.Path,
-  metrics: dict[str, Any],
-  name: str,
-) -> None:
-  if jax.process_index() != 0:
-    return
-  facts = experiment.model.row_facts()
-  if experiment.model.packed:
-    artifact = pathlib.Path(experiment.config.checkpoint.path)
-    facts['artifact_bytes'] = artifact.stat().st_size
-  row = report.make_row(name=name, **facts, **metrics)
-  resolved = config_lib.to_json(experiment.config)
-  files.write_json(place / 'results.json', report.results(resolved, row, []))
-
-
 def predict(config: Any, workdir: str) -> None:
   """Names the likeliest classes of every image of `eval.images`."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=predict runs in one process; start it once')
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     packed = subject.open_packed(config)
     names, line = subject.class_names_of_eval(config, place)
     data = open_images(config, names)
     experiment = Experiment(config, training=False, data=data, packed=packed)
-    _header('predict', experiment, place)
+    header('predict', experiment, place)
     say(f'classes   {line}')
     variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
@@ -316,7 +145,7 @@ def predict(config: Any, workdir: str) -> None:
     found = predict_lib.predict(experiment, variables)
     text, count = predict_lib.to_text(found, data.eval.size)
     files.write_text(place / 'predictions.jsonl', text)
-    _say_bad_files(experiment)
+    say_bad_files(experiment)
     say(f'{count:,} images; results in {place / "predictions.jsonl"}')
 
 
@@ -333,10 +162,10 @@ def sites(config: Any, workdir: str) -> None:
 
 def benchmark(config: Any, workdir: str) -> None:
   """Times training and inference beside the float twin, and the data path."""
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    _header('benchmark', experiment, place)
-    _add_teacher(experiment)
+    header('benchmark', experiment, place)
+    add_teacher(experiment)
     twins = {'model': experiment}
     if config.quant.recipe != 'none' or config.lora.rank:
       twins['float'] = _twin(experiment, 'none')
@@ -410,9 +239,9 @@ def ptq(config: Any, workdir: str) -> None:
   _check_float('ptq', config)
   runs = curve.plan(config)
   config = copy.deepcopy(config)  # what it resolves is of the float model
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    _header('ptq', experiment, place)
+    header('ptq', experiment, place)
     if runs:
       say(
         f'qat       {len(runs)} runs: {", ".join(config.ptq.qat_specs)}, '
@@ -437,9 +266,9 @@ def ptq(config: Any, workdir: str) -> None:
 def sensitivity(config: Any, workdir: str) -> None:
   """Quantizes each product of a trained float model alone; ranks them."""
   _check_float('sensitivity', config)
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    _header('sensitivity', experiment, place)
+    header('sensitivity', experiment, place)
     params = _float_params(experiment, place)
     table = sensitivity_lib.measure(experiment, params, place, say)
     sites = experiment.model.plan.sites
@@ -452,11 +281,11 @@ def merge_lora(config: Any, workdir: str) -> None:
   """Folds adapters into the kernels and checks that outputs agree."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=merge_lora runs in one process; start it once')
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     # Only GPTQ looks at images of the training split.
     calibrates = config.lora.requantize == 'gptq'
     experiment = Experiment(config, training=calibrates)
-    _header('merge_lora', experiment, place)
+    header('merge_lora', experiment, place)
     merging.run(experiment, place, say)
 
 
@@ -464,7 +293,7 @@ def export(config: Any, workdir: str) -> None:
   """Writes a packed model, or float parameters in the layout of others."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=export runs in one process; start it once')
-  with _opened(workdir) as place:
+  with opened(workdir) as place:
     model = Model(config)
     say('mode      export')
     say(f'model     {model.title}')

@@ -127,6 +127,7 @@ def test_an_override_that_another_mode_reads_is_mentioned(config):
     ('eval', 'quant.dampen', 0.1),
     ('sites', 'quant.calibration_path', 'calibration'),
     ('export', 'quant.dgd', 1.0),
+    ('sensitivity', 'ptq.rounds', 5),
     ('benchmark', 'train.stages', ('all:0.5', 'norms:0.5')),
   ],
 )

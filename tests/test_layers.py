@@ -43,7 +43,9 @@ ROWS = {
   'merging': 13,
   'teacher': 12,
   'exports': 13,
-  'modes': 14,
+  'session': 13,
+  'train_mode': 14,
+  'modes': 15,
 }
 # training does not know which model, recipe or data source it runs.
 HIDDEN = {
