@@ -14,10 +14,11 @@ from qvit_jax import calibration, files, models
 from qvit_jax import config as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import report
-from qvit_jax.quantization import RECIPES, build_plan
+from qvit_jax.quantization import build_plan
 from qvit_jax.quantization.rows import STEM_ACTS
 from qvit_jax.quantization.spec import QuantSpec, parse_spec
 from qvit_jax.training.checkpoint import Checkpoints
+from qvit_jax.whole_model import Model
 
 # What a run's accuracy does not depend on. Its weights have a digest.
 _INERT_SECTIONS = ('weights', 'checkpoint', 'ptq', 'export', 'log', 'mesh')
@@ -71,21 +72,20 @@ def plan(config: Any) -> list[Run]:
         'it raise ptq.qat_seeds)'
       )
     specs.append(spec)
-  return [
-    Run(str(spec), _training_config(config, spec, config.seed + i))
-    for spec in specs
-    for i in range(config.ptq.qat_seeds)
-  ]
+  runs = []
+  for spec in specs:
+    own = _training_config(config, spec)
+    for i in range(config.ptq.qat_seeds):
+      runs.append(Run(str(spec), copy.deepcopy(own)))
+      runs[-1].config.seed += i
+  return runs
 
 
-def _training_config(config: Any, spec: QuantSpec, seed: int) -> Any:
+def _training_config(config: Any, spec: QuantSpec) -> Any:
   own, recipe = copy.deepcopy(config), config.ptq.qat_recipe
-  own.seed = seed
   own.quant.update(recipe=recipe, default=str(spec), attention=f'a{spec.acts}')
-  if own.train.trainable == ('auto',):
-    own.train.trainable = RECIPES[recipe].collections
   config_lib.validate(own, mode='train', overrides=())
-  build_plan(own.quant, models.list_sites(own))  # rules that match nothing
+  Model(own)  # rules that match nothing; says what 'auto' trains
   if not any(re.search(pattern, _STEM) for pattern, _ in own.quant.rules):
     own.quant.rules = (*own.quant.rules, _stem_rule(spec))
   return own

@@ -244,6 +244,23 @@ def test_training_fields_count_where_the_table_trains():
     validate('ptq.qat_seeds')
 
 
+@pytest.mark.parametrize(
+  ('recipe', 'steps', 'trained'),
+  [
+    ('aqt', 'per_tensor', ('params',)),
+    ('statsq', 'per_tensor', ('params', 'quant')),
+    ('statsq', 'per_token', ('params',)),
+  ],
+)
+def test_runs_train_what_there_is(recipe, steps, trained):
+  config = curve_config('nowhere')
+  config.ptq.qat_recipe, config.quant.steps = recipe, steps
+  runs = curve.plan(config)
+  assert {run.config.train.trainable for run in runs} == {trained}
+  assert [run.config.seed for run in runs[:2]] == [0, 1]
+  assert config.train.trainable == ('auto',)
+
+
 def test_the_config_asks_for_five_widths_and_three_seeds():
   runs = curve.plan(scaling_law.get_config())
   assert [run.name for run in runs[:4]] == [
