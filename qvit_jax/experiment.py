@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from qvit_jax import config as config_lib
 from qvit_jax import models, tree
 from qvit_jax.data import Data, find_data, open_data, preprocess
-from qvit_jax.errors import ConfigError
+from qvit_jax.errors import ConfigError, DataError
 from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.benchmark import compile_timed
 from qvit_jax.evaluation.metrics import EvalSums
@@ -60,6 +60,12 @@ class Experiment:
     self.model = Model(config, packed)
     self.mesh = sharding.make_mesh(config)
     self.data = data or open_data(config, training=training)
+    # Else they would count other steps and wait for each other for ever.
+    if not sharding.is_same_everywhere(self.data.digest):
+      raise DataError(
+        f'the processes of this run find other files in data.dir='
+        f'{config.data.dir!r}; give all of them the same folder'
+      )
     if training:
       self._plan_training()
 

@@ -10,6 +10,7 @@ from qvit_jax import (
   artifacts,
   models,
   restore,
+  weights,
 )
 from qvit_jax.errors import ConfigError, WeightsError
 from qvit_jax.experiment import Experiment
@@ -75,12 +76,32 @@ def class_names_of_eval(
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
   if artifacts.is_artifact(path):
     names = artifacts.read_class_names(pathlib.Path(path))
+  elif config.lora.rank:  # the other paths are those of the base
+    facts = _own_adapters(config, workdir)
+    facts = facts or adapters.load(adapters.path_of(config, workdir))[1]
+    names = facts['class_names']
   elif path or own.steps() or not config.weights.path:
     names = restore.read_class_names(path or str(workdir))
+  else:
+    names = _class_names_of_weights(config)
   line = f'{len(names)} class names saved with the model'
   if not names:
     line = 'the model was saved without class names: numbers stand for them'
   return names, line
+
+
+def _class_names_of_weights(config: Any) -> list[str]:
+  """Returns the class names of `weights.path` where that is a run of ours."""
+  path = pathlib.Path(config.weights.path).expanduser()
+  return restore.read_class_names(str(path)) if weights.is_run(path) else []
+
+
+def _own_adapters(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the metadata of the workdir's best, {} if others are asked for."""
+  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
+  facts = own.metadata(own.best()) if own.steps() else {}
+  name = facts.get('config', {}).get('lora', {}).get('name')
+  return facts if name == config.lora.name and not config.lora.path else {}
 
 
 def adapted_variables(
@@ -93,13 +114,12 @@ def adapted_variables(
   from where it came from in training.
 
   Raises:
-    CheckpointError: There are none, or they are of another model or base.
+    CheckpointError: There are none, or they are of another model or base, or
+      of other classes.
   """
   config = experiment.config
-  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
-  facts = own.metadata(own.best()) if own.steps() else {}
-  name = facts.get('config', {}).get('lora', {}).get('name')
-  if name == config.lora.name and not config.lora.path:
+  path = workdir
+  if facts := _own_adapters(config, workdir):
     trained, origin = restore.restore_variables(
       experiment, str(workdir), same_plan=True
     )
@@ -111,6 +131,7 @@ def adapted_variables(
     trained = adapters.place(experiment, arrays, path)
     origin = f'adapter {config.lora.name} of {path.parent}'
     lines = [origin]
+  restore.check_classes(experiment, facts['class_names'], path)
   if not (config.weights.path or config.checkpoint.path):
     for section in ('weights', 'checkpoint'):
       config[section].path = facts['config'][section]['path']
@@ -153,6 +174,9 @@ def start_of_eval(
     if config.weights.path:
       lines.append('note: there is a checkpoint, so weights.path is not read')
     return variables, lines
+  if names := _class_names_of_weights(config):
+    place = pathlib.Path(config.weights.path)
+    restore.check_classes(experiment, names, place)
   imported, lines = restore.import_weights(experiment, workdir)
   fresh = sorted(experiment.missing_parameters(imported))
   if fresh:

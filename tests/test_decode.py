@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvit_jax.data import batches, decode
+from qvit_jax.data import bare_loop, batches, decode
 from qvit_jax.data.decode import BadImageError, read_image
 
 MOST = 2**26
@@ -217,6 +217,22 @@ def test_large_jpegs_are_scaled_while_they_are_decoded(tmp_path):
   assert np.abs(whole.astype(int) - part).max() < 6
 
 
+def test_of_a_very_long_image_the_middle_counts():
+  image = np.zeros((1, 20_000_000, 3), np.uint8)  # 4 GB a line when resized
+  image[:, 9_999_000:10_001_000] = 200
+  assert (batches.fit(image, 224) == 200).all()
+  turned = batches.fit(image.swapaxes(0, 1), 224)
+  assert turned.shape == (224, 224, 3) and (turned == 200).all()
+
+
+@pytest.mark.parametrize('method', ['bicubic', 'bilinear'])
+def test_images_are_resized_by_the_method_that_is_asked_for(method):
+  found = batches.fit(noise(16, 16), 8, resize=method)
+  way = Image.Resampling[method.upper()]
+  expected = np.asarray(Image.fromarray(noise(16, 16)).resize((8, 8), way))
+  np.testing.assert_array_equal(found, expected)
+
+
 # Files that are no images.
 
 
@@ -322,6 +338,12 @@ def test_broken_files_are_bad_images_with_a_reason(tmp_path):
     )
 
 
+def test_the_bare_loop_passes_over_broken_files(tmp_path):
+  names = [str(tmp_path / name) for name in broken_files(tmp_path)]
+  started, ended = bare_loop._decode(names)
+  assert ended >= started
+
+
 def test_other_things_than_files_are_bad_images(tmp_path):
   (tmp_path / 'x.jpg').mkdir()
   with pytest.raises(BadImageError, match='Is a directory'):
@@ -357,3 +379,4 @@ def test_names_that_are_no_text_can_be_read_and_printed(tmp_path):
   name = os.fsdecode(path)
   np.testing.assert_array_equal(read(name), noise())
   assert decode.printable(name).endswith('caf\\xe9.png')
+  assert decode.printable('a\nb\x1b[1mé') == 'a\\x0ab\\x1b[1mé'

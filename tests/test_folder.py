@@ -1,19 +1,26 @@
 """Folders of images: listing, shares, bad files, the whole run."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
+from contextlib import nullcontext
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from configs import vit_b_tiny_imagenet_lora
 from qvit_jax import modes
 from qvit_jax.data import find_data, listing, open_data
 from qvit_jax.errors import CheckpointError, ConfigError, DataError
+from qvit_jax.experiment import Experiment
 from qvit_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT, SHARED, make_digits_config
 from tests.test_decode import broken_files, noise, odd_files, save
@@ -101,6 +108,18 @@ def test_hidden_and_other_files_are_counted(folder_config, tmp_path):
   (note,) = data.notes
   assert note.startswith('train: 5 entries are hidden or no image files')
   assert 'and 2 more' in note
+
+
+def test_files_are_resized_by_the_method_of_the_config(folder_config, tmp_path):
+  root = make_folder(tmp_path / 'set')
+  for name in ('000', '001', '002', '003'):
+    save(root / f'val/cat/{name}.png', noise(16, 16))
+  folder_config.data.resize = 'bilinear'
+  split = opened(folder_config).eval
+  batch = next(split.eval_batches(batch=4, rows=slice(0, 4)))
+  way = Image.Resampling.BILINEAR
+  expected = np.asarray(Image.fromarray(noise(16, 16)).resize((8, 8), way))
+  np.testing.assert_array_equal(batch['image'][0], expected)
 
 
 def test_suffixes_are_those_of_any_case(folder_config, tmp_path):
@@ -197,13 +216,54 @@ def test_links_inside_the_folder_are_followed(folder_config, tmp_path):
   assert 'train/cat/gone.png' in data.notes[0]
 
 
+def test_links_in_a_circle_are_no_images_and_no_classes(
+  folder_config, tmp_path
+):
+  root = make_folder(tmp_path / 'set')
+  for name in ('train/cat/999.png', 'train/eel', 'cow'):
+    (root / name).symlink_to(os.path.basename(name))
+  data = opened(folder_config)
+  assert data.train.size == 8 and data.class_names == ('cat', 'dog')
+  assert 'train/cat/999.png' in data.notes[0]
+  folder_config.data.eval_split = 'vall'
+  fails(folder_config, "no folder 'vall'; it has train, val")
+  assert len(listing.list_images('eval.images', str(root))[0]) == 16
+
+
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path):
+  with pytest.raises(DataError, match='cannot be read .Is a directory'):
+    listing.lines(str(tmp_path))
+
+
 @pytest.mark.parametrize(
-  'split', ['', 'train[', 'train[90%]', 'train[50%:20%]', 'train[:120%]']
+  'split',
+  [
+    '',
+    'train[',
+    'train[90%]',
+    'train[50%:20%]',
+    'train[:120%]',
+    'train[:1.2.3%]',
+  ],
 )
 def test_a_malformed_share_is_one_line(folder_config, tmp_path, split):
   make_folder(tmp_path / 'set')
   folder_config.data.train_split = split
   fails(folder_config, repr(split), "'train[:80%]'", error=ConfigError)
+
+
+def test_processes_that_find_other_files_are_one_line(
+  folder_config, tmp_path, monkeypatch
+):
+  make_folder(tmp_path / 'set')
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for other, message in ((0, ''), (1, 'the processes of this run find other')):
+    monkeypatch.setattr(
+      multihost_utils, 'process_allgather',
+      lambda own, other=other: np.stack([own, own + np.uint8(other)]),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=message) if other else nullcontext():
+      Experiment(folder_config, training=False)
 
 
 # Shares and the hold-out.
@@ -273,6 +333,29 @@ def test_eighty_ten_ten_of_the_training_folder(folder_config, tmp_path):
     found += [set(data.train.records.names), set(data.eval.records.names)]
   assert found[0] == found[2]
   assert len(found[0] | found[1] | found[3]) == 60
+
+
+@pytest.mark.parametrize(
+  ('train', 'held', 'count'),
+  [
+    ('train', 'train[80%:]', 4),
+    ('train[:90%]', 'train[80%:]', 2),
+    ('./train', 'train', 20),
+    ('train[:80%]', 'train[80%:]', 0),
+    ('train', 'val', 0),
+  ],
+)
+def test_images_of_both_splits_are_counted_in_the_header(
+  folder_config, tmp_path, train, held, count
+):
+  make_folder(tmp_path / 'set', count=10)
+  folder_config.data.update(train_split=train, eval_split=held)
+  data = opened(folder_config)
+  names = [os.path.normpath(x) for x in data.train.records.names]
+  both = set(names) & set(data.eval.records.names)
+  assert len(both) == count
+  line = f'{count} of the eval images are trained on too'
+  assert (line in data.notes) == bool(count)
 
 
 def test_every_stretch_of_the_order_is_stratified():
@@ -553,6 +636,58 @@ def check_workers(place):
   with_workers = train_images(opened(config).train)
   config.data.workers = 0
   assert with_workers == train_images(opened(config).train)
+
+
+def workers_of(place):
+  """Returns batches of two worker processes, which are up, and their ids."""
+  config = make_digits_config()
+  config.model.num_classes = 3
+  config.data.update(source='folder', dir=place, eval_split='val', workers=2)
+  batches = opened(config).train.train_batches(
+    seed=0, batch=4, rows=slice(0, 4), first=1, last=1000
+  )
+  for _ in range(2):
+    next(batches)
+  return batches, [one.pid for one in multiprocessing.active_children()]
+
+
+def check_signals(place):
+  batches, workers = workers_of(place)
+  assert len(workers) == 2
+  for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+    for worker in workers:
+      os.kill(worker, number)
+  for _ in range(20):
+    next(batches)
+  os.kill(workers[0], signal.SIGKILL)
+  with pytest.raises(DataError, match='data.workers=2 processes was killed'):
+    for _ in range(20):
+      next(batches)
+  _, workers = workers_of(place)
+  print(*workers, flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_outlive_signals_and_not_the_training(tmp_path):
+  """Ctrl-C and batch systems signal them too, before all is saved."""
+  root = make_folder(tmp_path / 'set')
+  script = (
+    f'from tests import test_folder; test_folder.check_signals({str(root)!r})'
+  )
+  with open(tmp_path / 'out', 'w+') as out:  # a pipe would wait for orphans
+    done = subprocess.run(
+      [sys.executable, '-c', script],
+      cwd=ROOT, stdout=out, stderr=out, timeout=300, check=False,
+    )  # fmt: skip
+    out.seek(0)
+    text = out.read()
+  assert done.returncode == -signal.SIGKILL, text
+  workers = text.splitlines()[-1].split()
+  assert len(workers) == 2
+  until = time.monotonic() + 60
+  while any(os.path.exists(f'/proc/{one}') for one in workers):
+    assert time.monotonic() < until, 'orphans'
+    time.sleep(0.1)
 
 
 def test_worker_processes_read_and_skip_the_same(tmp_path):

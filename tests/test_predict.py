@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from qvit_jax import artifacts, models, modes, subject
+from qvit_jax import adapters, artifacts, models, modes, subject
 from qvit_jax.data import batches, open_images
 from qvit_jax.errors import CheckpointError, ConfigError, DataError
 from qvit_jax.experiment import Experiment
@@ -161,6 +161,36 @@ def test_class_names_are_those_saved_with_the_run(tmp_path, capsys):
   names = {one['index']: one['name'] for one in found['000.png']}
   assert names == {0: 'a cat', 1: 'dög', 2: 'eel', 3: 'class 3'}
   assert '3 class names saved with the model' in capsys.readouterr().out
+
+
+def adapter_file(workdir, class_names):
+  """Writes a file of adapters that are zero; returns its config."""
+  config = make_digits_config()
+  config.lora.update(rank=2, targets=('all',))
+  experiment = Experiment(config, training=False)
+  kept = experiment.model.kept(experiment.abstract_variables())
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), kept)
+  facts = experiment.metadata() | {'step': 1, 'class_names': class_names}
+  path = adapters.path_of(config, workdir)
+  path.parent.mkdir()
+  adapters.save(path, zeros, facts)
+  return config, experiment
+
+
+def test_adapters_have_the_class_names_of_their_own_training(trained, tmp_path):
+  letters = list('abcdefghij')
+  config, experiment = adapter_file(tmp_path, letters)
+  config.checkpoint.path = str(trained)  # the base, trained on digits
+  assert subject.class_names_of_eval(config, tmp_path)[0] == letters
+  with pytest.raises(CheckpointError, match="label 0 is 'a' there, '0' here"):
+    subject.start_of_eval(experiment, tmp_path)
+
+
+def test_weights_of_a_run_have_its_class_names(trained, tmp_path):
+  config = make_digits_config()
+  config.weights.path = str(trained)
+  names, _ = subject.class_names_of_eval(config, tmp_path)
+  assert names == list('0123456789')
 
 
 def test_a_packed_model_names_classes_too(trained, tmp_path):

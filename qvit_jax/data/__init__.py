@@ -118,6 +118,7 @@ def _open_tfds(config, training: bool) -> Data:
       num_classes=config.model.num_classes,
       workers=data.workers,
       limit=limit,
+      resize=data.resize,
     )
 
   train = streamed(*train) if training else None
@@ -145,6 +146,9 @@ def _open_folder(config, training: bool) -> Data:
   _check_classes(config, data.dir, folder.class_names)
   parts = [folder.list_split(splits[0])] if training else []
   parts.append(folder.list_split(splits[1]).spread(config.eval.num_examples))
+  shared = folder.count_shared(*splits) if training else 0
+  if shared:
+    notes.append(f'{shared:,} of the eval images are trained on too')
   bad_files = BadFiles(data.bad_files)
   made = [_file_split(config, files, bad_files) for files in parts]
   train, evaluation = made[0] if training else None, made[-1]
@@ -192,6 +196,7 @@ def _file_split(config, files, bad_files: BadFiles) -> batches.StreamedSplit:
     image_size=size,
     num_classes=config.model.num_classes,
     workers=config.data.workers,
+    resize=config.data.resize,
     bad_files=bad_files,
   )
 

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from qvit_jax.data.decode import FORMATS
+
 
 def _decode(paths: Sequence[str]) -> tuple[float, float]:
   """Decodes files; returns when that began and ended."""
   started = time.time()
   for path in paths:
     try:
-      with Image.open(path) as image:
+      with Image.open(path, formats=FORMATS) as image:
         np.asarray(image.convert('RGB'))
-    except OSError:
+    except Exception:  # noqa: BLE001 - parsers raise whatever they meet
       continue  # the loader has named it
   return started, time.time()
 

@@ -8,25 +8,28 @@ jitted step.
 """
 
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from qvit_jax.data.decode import BadFiles, BadImageError, printable
 from qvit_jax.data.order import Order, numbers_of
+from qvit_jax.data.workers import Batch, load
 from qvit_jax.errors import DataError
-
-Batch = dict[str, np.ndarray]
 
 # Files in a row that may be bad where the next good one is looked for.
 _TRIES = 32
 # Of fewer images an evaluation is over before worker processes would be up.
 _FEW = 10_000
+# `data.resize` in Pillow, whose methods have antialias.
+_METHODS = {
+  'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR,
+}  # fmt: skip
+# Of longer images, in shorter sides, only the middle is resized.
+_LONGEST = 32
 # Threads that decode without workers, and how far ahead of the training.
 _THREADS, _BATCHES_AHEAD = 16, 4
 
@@ -95,6 +98,7 @@ class StreamedSplit:
     workers: Processes that decode; 0 decodes in threads, as evaluations of
       few images do.
     limit: Only the first so many examples; 0 = all.
+    resize: `data.resize`.
     bad_files: Where examples are booked whose `decode` raises BadImageError.
       Training reads the next good one of the list instead, a function of the
       files alone; evaluation masks them.
@@ -106,6 +110,7 @@ class StreamedSplit:
   num_classes: int
   workers: int
   limit: int = 0
+  resize: str = 'bicubic'
   bad_files: BadFiles | None = None
 
   @property
@@ -160,32 +165,12 @@ class StreamedSplit:
       loader = examples.to_iter_dataset(grain.ReadOptions(_THREADS, ahead))
       yield from loader.batch(share, drop_remainder=True)
       return
-    if not flags.FLAGS.is_parsed():  # grain has flags of its own
-      flags.FLAGS.mark_as_parsed()
 
     def batch(step: int) -> Batch:
       rows = [example(step * share + row) for row in range(share)]
       return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    # A whole batch is one element: grain's cost an element is that of a tenth
-    # of a small image.
-    loader = (
-      grain.MapDataset.range(steps)
-      .map(batch)
-      .to_iter_dataset(grain.ReadOptions(num_threads=0))
-    )
-    options = grain.MultiprocessingOptions(num_workers=workers)
-    batches, loaded = iter(loader.mp_prefetch(options)), {}
-    try:
-      for loaded in batches:
-        # Copied, because JAX would keep the workers' shared memory in use.
-        yield {name: np.array(value) for name, value in loaded.items()}
-    finally:
-      batches.close()
-      # grain's iterators refer to each other; until they are collected, shared
-      # memory is left over, of which Python warns at exit.
-      del batches, loaded
-      gc.collect()
+    yield from load(batch, steps=steps, workers=workers)
 
   def _example(self, index: int) -> dict[str, np.ndarray]:
     """Returns the example, or the next good one, and how many were skipped."""
@@ -201,7 +186,7 @@ class StreamedSplit:
     if not 0 <= label < self.num_classes:
       check_labels(np.asarray([label]), self.num_classes)
     return {
-      'image': fit(image, self.image_size),
+      'image': fit(image, self.image_size, resize=self.resize),
       'label': np.int32(label),
       'record': np.int32(index),
       'skipped': np.int32(skipped),
@@ -225,13 +210,17 @@ class StreamedSplit:
         )
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
+def fit(image: np.ndarray, size: int, *, resize: str = 'bicubic') -> np.ndarray:
   """Returns uint8 [size, size, 3]: shorter side resized, centre kept."""
   if image.shape[:2] == (size, size):
     return image
+  # Resized, a line of a million pixels would take gigabytes.
+  most = _LONGEST * min(image.shape[:2])
+  y, x = (max(0, side - most) // 2 for side in image.shape[:2])
+  image = image[y : y + most, x : x + most]
   h, w = image.shape[:2]
   scale = size / min(h, w)
   shape = max(size, round(w * scale)), max(size, round(h * scale))
-  resized = Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC)
+  resized = Image.fromarray(image).resize(shape, _METHODS[resize])
   left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
   return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from qvit_jax.errors import DataError
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF')
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 _TAGS = {'exif', 'xmp'}  # where a JPEG says how it is turned
 
 # Above the most that data.max_pixels may be, Pillow warns and goes on.
@@ -96,8 +97,9 @@ def _reason(path: str, error: Exception) -> str:
 
 
 def printable(path: str) -> str:
-  r"""Returns a path whose bytes that are no UTF-8 stand as \xNN."""
-  return os.fsencode(path).decode('utf-8', 'backslashreplace')
+  r"""Returns a path on one line: what is no UTF-8 or no text stands as \xNN."""
+  text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+  return _CONTROL.sub(lambda found: f'\\x{ord(found[0]):02x}', text)
 
 
 class BadFiles:
@@ -136,4 +138,5 @@ class BadFiles:
   def lines(self) -> list[str]:
     """Returns a line with the count, if there were any."""
     count = len(self.reasons)
-    return [f'{count:,} files could not be decoded'] if count else []
+    files = 'file' if count == 1 else 'files'
+    return [f'{count:,} {files} could not be decoded'] if count else []

@@ -18,6 +18,7 @@ from qvit_jax.data.listing import (
   Files,
   check_folder,
   check_inside,
+  is_folder,
   is_image,
   lines,
   scan,
@@ -27,7 +28,7 @@ from qvit_jax.data.listing import (
 from qvit_jax.errors import ConfigError, DataError
 
 HOLDOUT = 0.1  # the default of data.holdout
-_SHARE = re.compile(r'(.+?)\[(?:([\d.]+)%)?:(?:([\d.]+)%)?\]')
+_SHARE = re.compile(r'(.+?)\[(?:(\d+\.?\d*)%)?:(?:(\d+\.?\d*)%)?\]')
 
 
 class Folder:
@@ -83,6 +84,15 @@ class Folder:
       raise DataError(f'split {split!r} of {printable(self.root)} is empty')
     return files
 
+  def count_shared(self, first: str, second: str) -> int:
+    """Returns how many files two splits have in common."""
+    (a, *low_high), (b, *others) = _parse(first), _parse(second)
+    if os.path.normpath(a) != os.path.normpath(b):
+      return 0
+    low, high = max(low_high[0], others[0]), min(low_high[1], others[1])
+    count = len(self._listed[a])
+    return max(0, round(count * high) - round(count * low))
+
   def has_split(self, split: str) -> bool:
     """Returns whether the folder of a split is there."""
     return os.path.isdir(os.path.join(self.root, _parse(split)[0]))
@@ -125,7 +135,7 @@ class Folder:
     names = [
       entry.name
       for entry in scan(place)
-      if not entry.name.startswith('.') and entry.is_dir()
+      if not entry.name.startswith('.') and is_folder(entry)
     ]
     if not names or names == ['images']:
       raise DataError(
@@ -267,7 +277,7 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
   others = [
     entry.name
     for entry in scan(data.dir)
-    if entry.is_dir() and entry.name != train[0] and entry.name[0] != '.'
+    if is_folder(entry) and entry.name != train[0] and entry.name[0] != '.'
   ]
   if not os.path.isdir(folder(train)) or others or not data.holdout:
     raise DataError(_no_split(data.dir, evaluation[0]))
@@ -302,7 +312,7 @@ def _parse(split: str) -> tuple[str, float, float]:
 
 
 def _no_split(root: str, name: str) -> str:
-  there = [e.name for e in scan(root) if e.is_dir() and e.name[0] != '.']
+  there = [e.name for e in scan(root) if is_folder(e) and e.name[0] != '.']
   return (
     f'{printable(root)} has no folder {printable(name)!r}; it has '
     f'{some(sorted(map(printable, there))) if there else "no folders"}. Images'

@@ -134,9 +134,19 @@ def list_images(field: str, path: str) -> tuple[Files, list[str]]:
 def is_image(entry: os.DirEntry) -> bool:
   """Returns whether a directory entry is a file named as an image is."""
   name = entry.name.lower()
+  # Not entry.is_file(), which raises where links lead in a circle.
   return (
-    not name.startswith('.') and name.endswith(SUFFIXES) and entry.is_file()
+    not name.startswith('.')
+    and name.endswith(SUFFIXES)
+    and (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file())
   )
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+  """Returns whether a directory entry is a folder, or a link to one."""
+  if entry.is_symlink():
+    return os.path.isdir(entry.path)
+  return entry.is_dir()
 
 
 def scan(folder: str) -> list[os.DirEntry]:
@@ -152,9 +162,18 @@ def scan(folder: str) -> list[os.DirEntry]:
 
 
 def lines(path: str) -> list[str]:
-  """Returns the lines of a text file; bytes that are no UTF-8 survive."""
-  with open(path, encoding='utf-8', errors='surrogateescape') as file:
-    return [line.rstrip('\r\n') for line in file]
+  """Returns the lines of a text file; bytes that are no UTF-8 survive.
+
+  Raises:
+    DataError: It cannot be read.
+  """
+  try:
+    with open(path, encoding='utf-8', errors='surrogateescape') as file:
+      return [line.rstrip('\r\n') for line in file]
+  except OSError as error:
+    raise DataError(
+      f'{printable(path)} cannot be read ({error.strerror}); make it readable'
+    ) from error
 
 
 def check_inside(root: str, name: str) -> None:
