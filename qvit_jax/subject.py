@@ -73,7 +73,9 @@ def class_names_of_eval(
   """
   path, names = config.checkpoint.path, []
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
-  if artifacts.is_artifact(path):
+  if config.lora.rank:  # checkpoint.path is their base's
+    names = _trained_adapters(config, workdir)[1]['class_names']
+  elif artifacts.is_artifact(path):
     names = artifacts.read_class_names(pathlib.Path(path))
   elif path or own.steps() or not config.weights.path:
     names = restore.read_class_names(path or str(workdir))
@@ -81,6 +83,24 @@ def class_names_of_eval(
   if not names:
     line = 'the model was saved without class names: numbers stand for them'
   return names, line
+
+
+def _trained_adapters(
+  config: Any, workdir: pathlib.Path
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """Returns (arrays, metadata) of the adapters that the config asks for.
+
+  The arrays are None where they are those of the workdir's own run.
+
+  Raises:
+    CheckpointError: There are none.
+  """
+  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
+  facts = own.metadata(own.best()) if own.steps() else {}
+  name = facts.get('config', {}).get('lora', {}).get('name')
+  if name == config.lora.name and not config.lora.path:
+    return None, facts
+  return adapters.load(adapters.path_of(config, workdir))
 
 
 def adapted_variables(
@@ -93,24 +113,24 @@ def adapted_variables(
   from where it came from in training.
 
   Raises:
-    CheckpointError: There are none, or they are of another model or base.
+    CheckpointError: There are none, or they are of another model, of other
+      classes or of another base.
   """
   config = experiment.config
-  own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
-  facts = own.metadata(own.best()) if own.steps() else {}
-  name = facts.get('config', {}).get('lora', {}).get('name')
-  if name == config.lora.name and not config.lora.path:
+  arrays, facts = _trained_adapters(config, workdir)
+  path = workdir
+  if arrays is None:
     trained, origin = restore.restore_variables(
       experiment, str(workdir), same_plan=True
     )
     lines = [f'{origin}, digests verified']
   else:
     path = adapters.path_of(config, workdir)
-    arrays, facts = adapters.load(path)
     restore.check_same(experiment.model, facts, path, same_plan=True)
     trained = adapters.place(experiment, arrays, path)
     origin = f'adapter {config.lora.name} of {path.parent}'
     lines = [origin]
+  restore.check_classes(experiment, facts['class_names'], path)
   if not (config.weights.path or config.checkpoint.path):
     for section in ('weights', 'checkpoint'):
       config[section].path = facts['config'][section]['path']
