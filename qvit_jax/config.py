@@ -149,6 +149,13 @@ def _check_lora(config, mode: str) -> None:
     (not lora.targets,
      f'lora.rank={lora.rank}, but lora.targets names no layer; set '
      '--config.lora.targets="(\'all\',)" or --config.lora.rank=0'),
+    (recipe == 'ptq',
+     f"quant.recipe='ptq' reads a packed model, which lora.rank={lora.rank} "
+     'would not adapt; set --config.lora.rank=0 --config.lora.targets="()"'),
+    (config.quant.calibration_path and lora.init == 'pissa',
+     f'quant.calibration_path={config.quant.calibration_path!r} is of whole '
+     "kernels, out of which lora.init='pissa' takes a part; set "
+     '--config.lora.init=zero or leave the path out'),
     (whole,
      f'train.trainable={tuple(train.trainable)} trains the kernels that '
      f'lora.rank={lora.rank} freezes; leave it out, or set '

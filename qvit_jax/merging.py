@@ -79,14 +79,19 @@ def run(
       f'{name:9} top1 {metrics["top1"]:.4f}  loss {metrics["loss"]:.4f}  '
       f'({metrics["num_examples"]} images)'
     )
+  taken = '--config.lora.rank=0 --config.lora.targets="()"'
   if frozen.bits is None:
     _save(whole, merged, target, facts['step'])
-    say(f'merged into {target}; take it with --config.checkpoint.path={target}')
+    say(
+      f'merged into {target}; take it with {taken} '
+      f'--config.checkpoint.path={target}'
+    )
   else:
     path = whole.config.checkpoint.path
     say(
       f'merged into {path}, {pathlib.Path(path).stat().st_size:,} bytes; take '
-      f'it with --config.quant.recipe=ptq --config.checkpoint.path={path}'
+      f'it with {taken} --config.quant.recipe=ptq '
+      f'--config.checkpoint.path={path}'
     )
 
 
@@ -147,7 +152,8 @@ def _packed(experiment: Experiment, variables, params, target, say):
     target.with_name(f'{target.name}.safetensors'),
     (models.architecture(config)),
   )
-  artifacts.save(packed, path, facts)
+  names = experiment.data.class_names  # those of the adapters
+  artifacts.save(packed, path, facts, class_names=names)
   packed = artifacts.load(path, sites, facts)
   config.quant.recipe, config.checkpoint.path = 'ptq', str(path)
   whole = Experiment(

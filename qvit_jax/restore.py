@@ -149,10 +149,14 @@ def check_same(
   )
   is_adapted = 'base' in metadata
   if is_adapted and not (same_plan and model.frozen):
+    how = (
+      'name them by lora.path and lora.name if they are what is wanted'
+      if model.frozen
+      else 'set lora.* as in their training'
+    )
     raise CheckpointError(
       f'{place} holds adapters alone, no kernels; fold them in with '
-      '--mode=merge_lora and give WORKDIR/merged/NAME, or set lora.* as in '
-      'their training'
+      f'--mode=merge_lora and give WORKDIR/merged/NAME, or {how}'
     )
   lines = [
     f'{name} is {there.get(name)} there, {value} here'
@@ -171,9 +175,15 @@ def check_same(
     plan = model.plan.digest_lines()
     pairs = zip(metadata['plan'], plan, strict=True)
     lines = [f'"{a}" there, "{b}" here' for a, b in pairs if a != b]
-    recipes = metadata['config']['quant']['recipe'], model.config.quant.recipe
-    if recipes[0] != recipes[1]:
-      lines.insert(0, 'quant.recipe is {!r} there, {!r} here'.format(*recipes))
+    there, here = metadata['config']['quant'], model.config.quant
+    fields = ['recipe']
+    if here.recipe in ('lsq', 'statsq'):  # it has no variables to differ by
+      fields.append('hadamard')
+    lines[:0] = [
+      f'quant.{name} is {there[name]!r} there, {here[name]!r} here'
+      for name in fields
+      if name in there and there[name] != here[name]
+    ]
   if lines:
     rest = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
     raise CheckpointError(

@@ -179,6 +179,8 @@ def _resume(
         f'{place} was trained with {name}={there.get(name)!r}, not '
         f'{here[name]!r}; set it back or choose another workdir'
       )
+  if experiment.model.frozen and {'lora.name', 'lora.path'} & {*changed}:
+    adapters.check_free(experiment.config, own.directory.parent)
   lines = [f'resuming at step {step}, digests verified']
   base: dict[str, Any] = {}
   if experiment.model.frozen:

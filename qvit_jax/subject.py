@@ -74,12 +74,10 @@ def class_names_of_eval(
   """
   path, names = config.checkpoint.path, []
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
-  if artifacts.is_artifact(path):
+  if config.lora.rank:  # checkpoint.path is their base's
+    names = _trained_adapters(config, workdir)[1]['class_names']
+  elif artifacts.is_artifact(path):
     names = artifacts.read_class_names(pathlib.Path(path))
-  elif config.lora.rank:  # the other paths are those of the base
-    facts = _own_adapters(config, workdir)
-    facts = facts or adapters.load(adapters.path_of(config, workdir))[1]
-    names = facts['class_names']
   elif path or own.steps() or not config.weights.path:
     names = restore.read_class_names(path or str(workdir))
   else:
@@ -96,12 +94,22 @@ def _class_names_of_weights(config: Any) -> list[str]:
   return restore.read_class_names(str(path)) if weights.is_run(path) else []
 
 
-def _own_adapters(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the metadata of the workdir's best, {} if others are asked for."""
+def _trained_adapters(
+  config: Any, workdir: pathlib.Path
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """Returns (arrays, metadata) of the adapters that the config asks for.
+
+  The arrays are None where they are those of the workdir's own run.
+
+  Raises:
+    CheckpointError: There are none.
+  """
   own = checkpoint.Checkpoints(workdir / 'checkpoints', writer=False)
   facts = own.metadata(own.best()) if own.steps() else {}
   name = facts.get('config', {}).get('lora', {}).get('name')
-  return facts if name == config.lora.name and not config.lora.path else {}
+  if name == config.lora.name and not config.lora.path:
+    return None, facts
+  return adapters.load(adapters.path_of(config, workdir))
 
 
 def adapted_variables(
@@ -114,19 +122,19 @@ def adapted_variables(
   from where it came from in training.
 
   Raises:
-    CheckpointError: There are none, or they are of another model or base, or
-      of other classes.
+    CheckpointError: There are none, or they are of another model, of other
+      classes or of another base.
   """
   config = experiment.config
+  arrays, facts = _trained_adapters(config, workdir)
   path = workdir
-  if facts := _own_adapters(config, workdir):
+  if arrays is None:
     trained, origin = restore.restore_variables(
       experiment, str(workdir), same_plan=True
     )
     lines = [f'{origin}, digests verified']
   else:
     path = adapters.path_of(config, workdir)
-    arrays, facts = adapters.load(path)
     restore.check_same(experiment.model, facts, path, same_plan=True)
     trained = adapters.place(experiment, arrays, path)
     origin = f'adapter {config.lora.name} of {path.parent}'

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from qvit_jax import frozen as frozen_lib
-from qvit_jax import lora, modes, tree
+from qvit_jax import lora, modes, subject, tree
+from qvit_jax.data import open_data
 from qvit_jax.errors import CheckpointError, ConfigError, Preempted
 from qvit_jax.experiment import Experiment
 from qvit_jax.ops import Ops, Site, SiteDense
@@ -360,6 +362,10 @@ def test_the_start_prints_counts_for_each_target():
      ({'lora.dropout': 0.1, 'quant.recipe': 'aqt'}, 'lora.dropout=0.1 would '
       'have no effect'),
      ({'quant.dampen': 1.0, 'quant.recipe': 'lsq'}, 'leave them out'),
+     ({'mode': 'eval', 'quant.recipe': 'ptq', 'lora.base': 'int4'},
+      "quant.recipe='ptq' reads a packed model, which lora.rank=2 would not"),
+     ({'quant.calibration_path': 'x', 'quant.recipe': 'lsq',
+       'lora.init': 'pissa'}, 'set --config.lora.init=zero or leave the path'),
      ({'mode': 'ptq'}, '--mode=ptq needs a whole model, but lora.rank=2'),
      ({'mode': 'export'}, 'fold them in with --mode=merge_lora')],
 )  # fmt: skip
@@ -455,6 +461,40 @@ def test_adapters_of_other_settings_are_named(trained, tmp_path, fields, words):
   with pytest.raises(CheckpointError) as raised:
     modes.run('eval', config, str(tmp_path))
   assert words in str(raised.value)
+
+
+@pytest.mark.parametrize('folder', ['', 'adapters'])
+def test_adapters_of_other_classes_are_an_error(trained, folder):
+  config = train_config(path=folder and str(trained / folder))
+  data = open_data(config, training=False)
+  data = dataclasses.replace(data, class_names=('owl', *data.class_names[1:]))
+  experiment = Experiment(config, training=False, data=data)
+  with pytest.raises(CheckpointError, match="label 0 is '0' there, 'owl' here"):
+    subject.adapted_variables(experiment, trained)
+
+
+def test_predict_names_the_classes_of_the_adapters(trained, tmp_path):
+  config = train_config(path=str(trained / 'adapters'))
+  config.checkpoint.path = str(tmp_path)  # of the base
+  names, _ = subject.class_names_of_eval(config, tmp_path)
+  assert names == list('0123456789')
+
+
+def test_a_run_that_goes_on_replaces_no_other_adapter(trained, tmp_path):
+  place = tmp_path / 'run'
+  shutil.copytree(trained, place)
+  other = place / 'adapters' / 'other.safetensors'
+  other.write_bytes(b'of another run')
+  with pytest.raises(ConfigError, match="lora.name='other' is taken"):
+    modes.run('train', train_config(name='other'), str(place))
+  assert other.read_bytes() == b'of another run'
+
+
+def test_adapters_alone_are_no_base_either(trained, tmp_path):
+  config = train_config()
+  config.checkpoint.path = str(trained)
+  with pytest.raises(CheckpointError, match='or name them by lora.path'):
+    modes.run('train', config, str(tmp_path))
 
 
 def test_adapters_alone_are_no_model_to_start_from(trained, tmp_path):

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvit_jax import models, modes, tree, weights
-from qvit_jax.errors import ConfigError
+from qvit_jax import config as config_lib
+from qvit_jax import models, modes, restore, tree, weights
+from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.experiment import Experiment
 from qvit_jax.ops import Site
 from qvit_jax.quantization import (
@@ -20,6 +21,7 @@ from qvit_jax.quantization import (
 )
 from qvit_jax.quantization.learned_core import LearnedCore, shared_axes
 from qvit_jax.quantization.pack_qat import pack
+from qvit_jax.whole_model import Model
 from tests import reference
 from tests.conftest import make_digits_config
 from tests.small_models import normal, rich_config
@@ -517,6 +519,21 @@ def test_another_recipe_or_form_does_not_resume(float_run, tmp_path):
   digits_run(tmp_path, 'run', **changes)
   with pytest.raises(Exception, match="quant.recipe is 'lsq' there, 'qvit'"):
     digits_run(tmp_path, 'run', **{**changes, 'quant.recipe': 'qvit'})
+
+
+def test_turned_inputs_are_told_from_others(tmp_path):
+  """They have the same variables, so nothing else would notice."""
+  config = make_digits_config()
+  config.quant.update(recipe='lsq', default='w4a4', hadamard=True)
+  facts = {
+    'config': config_lib.to_json(config),
+    'architecture': models.architecture(config),
+    'plan': Model(config).plan.digest_lines(),
+  }
+  restore.check_same(Model(config), facts, tmp_path, same_plan=True)
+  config.quant.hadamard = False
+  with pytest.raises(CheckpointError, match='quant.hadamard is True there, F'):
+    restore.check_same(Model(config), facts, tmp_path, same_plan=True)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def told(capsys):
   apart, equal = re.search(
     r'random images within (\S+) of .* ([\d.]+)% of', text
   ).groups()
+  assert 'take it with --config.lora.rank=0 --config.lora.targets="()"' in text
   top1 = re.findall(r'^(?:before|after) +top1 ([\d.]+)', text, re.M)
   return float(apart), float(equal), [float(x) for x in top1]
 
@@ -117,6 +118,7 @@ def test_packed_kernels_are_rounded_again(
   packed = artifacts.load(
     path, models.list_sites(config), models.architecture(config)
   )
+  assert artifacts.read_class_names(path) == list('0123456789')
   kernels = {
     n: x
     for n, x in tree.flatten(packed.variables['quant']).items()

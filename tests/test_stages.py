@@ -160,6 +160,8 @@ def test_a_stage_that_trains_nothing_is_refused():
   steps = {'quant': {'head': {'step': jnp.ones(1)}}}
   stages.check(found, kernel | steps, [QuantSpec(4, 4)])
   assert stages.frozen('norms', kernel | steps) == {'params/head/kernel'}
+  adapters = {'lora': {'head': {'a': jnp.ones((2, 1))}}}  # move kernels too
+  assert stages.frozen('norms', adapters | steps) == {'lora/head/a'}
 
 
 # What is rounded.

@@ -46,7 +46,7 @@ KINDS = {
   # The last components of a path: of a norm, a bias, LayerScale.
   'norms': Kind(
     'kernels and embeddings stay as they are',
-    trains=r'^(?!params/)|/(scale[12]?|bias)$',
+    trains=r'^(?!params/|lora/)|/(scale[12]?|bias)$',
   ),
   # The annealing of OFQ: Liu et al. 2023, arXiv:2302.02210.
   'freeze': Kind(
