@@ -171,6 +171,7 @@ def test_a_run_starts_from_a_packed_file(tmp_path, capsys):
   assert 'inputs of 1 layers turned' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_but_parameters_is_learned_without_steps(tmp_path, capsys):
   """StatsQ kernels and ranges of each token: straight-through training."""
   config = make_digits_config()

@@ -516,6 +516,7 @@ def test_a_stopped_run_ends_in_the_same_bits(trained, tmp_path, monkeypatch):
   assert rows(tmp_path) == rows(trained)
 
 
+@pytest.mark.slow
 def test_packing_depends_on_the_base_alone():
   """What the digest of the base stands for: the same codes every time."""
   model = Model(train_config())

@@ -449,7 +449,9 @@ LEARNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('recipe', ['lsq', 'statsq', 'qvit'])
+@pytest.mark.parametrize(
+  'recipe', [pytest.param('lsq', marks=pytest.mark.slow), 'statsq', 'qvit']
+)
 def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
   recipe, float_run, tmp_path, capsys
 ):
@@ -469,6 +471,7 @@ def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
   assert first[name] != flat[name]
 
 
+@pytest.mark.slow
 def test_steps_have_their_own_learning_rate(float_run, tmp_path):
   changes = {**LEARNED, 'checkpoint.path': str(float_run),
              'optim.schedule': 'constant', 'train.steps': 6}  # fmt: skip
@@ -483,6 +486,7 @@ def test_steps_have_their_own_learning_rate(float_run, tmp_path):
   assert np.median(moved) > 1e-2 and max(moved) < 0.1
 
 
+@pytest.mark.slow
 def test_lsq_without_zero_points_keeps_them(float_run, tmp_path):
   changes = {**LEARNED, 'checkpoint.path': str(float_run),
              'quant.zero_point': False, 'train.steps': 6}  # fmt: skip
@@ -492,6 +496,7 @@ def test_lsq_without_zero_points_keeps_them(float_run, tmp_path):
   assert set(zeros) == {0.0, 8.0}
 
 
+@pytest.mark.slow
 def test_learned_zero_points_do_not_start_a_run_without_them(
   float_run, tmp_path, capsys
 ):

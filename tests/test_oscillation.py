@@ -196,6 +196,7 @@ def test_a_run_with_a_freeze_stage_resumes_bitwise(
   assert rows(tmp_path / 'cut') == rows(tmp_path / 'flat')
 
 
+@pytest.mark.slow
 def test_dampening_is_in_the_loss_and_in_the_metrics(tmp_path, capsys):
   fields = {'quant.recipe': 'lsq', 'train.steps': 2, 'eval.every': 2}
   runs = {}

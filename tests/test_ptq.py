@@ -474,6 +474,7 @@ def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
   assert len(result['sensitivity']['sites']) == 18
 
 
+@pytest.mark.slow
 def test_calibration_is_kept_and_taken_over(trained, tmp_path, capsys):
   first, second = tmp_path / 'first', tmp_path / 'second'
   modes.run('ptq', ptq_config(trained, 'int8_static'), str(first))

@@ -37,12 +37,13 @@ def losses(workdir):
   return np.array([r['loss'] for r in rows if r['split'] == 'train'])
 
 
-def on_eight(folder, recipes):
+def on_eight(folder, recipes, left_out=()):
   """Trains {name: overrides} on both meshes; returns what was printed."""
   runs = {
     f'{recipe}_{mesh}': {**fields, **axes}
     for recipe, fields in recipes.items()
     for mesh, axes in MESHES.items()
+    if (recipe, mesh) not in left_out
   }
   env = {
     **os.environ,
@@ -55,7 +56,7 @@ def on_eight(folder, recipes):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=600,
+    timeout=1500,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
@@ -66,7 +67,8 @@ def on_eight(folder, recipes):
 def eight_devices(tmp_path_factory):
   """Returns (folder of all runs, what was printed)."""
   folder = tmp_path_factory.mktemp('mesh')
-  return folder, on_eight(folder, RUNS)
+  # That one is a slow test's.
+  return folder, on_eight(folder, RUNS, [('aqt', 'data2_tensor4')])
 
 
 @pytest.fixture(scope='module')
@@ -80,9 +82,13 @@ def one_device(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize(
-  ('recipe', 'tolerance'), [('none', 1e-4), ('aqt', 1e-3)]
+  ('recipe', 'tolerance', 'mesh'),
+  [
+    ('none', 1e-4, 'data4_fsdp2'),
+    ('none', 1e-4, 'data2_tensor4'),
+    ('aqt', 1e-3, 'data4_fsdp2'),
+  ],
 )
 def test_eight_devices_give_the_losses_of_one(
   one_device, eight_devices, recipe, tolerance, mesh
@@ -102,7 +108,7 @@ def test_learned_steps_on_eight_devices(tmp_path):
   quant = {'quant.default': 'w8a8', 'quant.attention': 'a8'}
   recipes = {
     name: {'quant.recipe': name, **quant} for name in ('lsq', 'statsq')
-  }
+  } | {'aqt': RUNS['aqt']}
   on_eight(tmp_path, recipes)
   for recipe, fields in recipes.items():
     modes.run('train', make_sharded_config(fields), str(tmp_path / recipe))
@@ -214,6 +220,7 @@ def test_two_processes_train_as_one(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))

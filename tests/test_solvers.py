@@ -341,6 +341,7 @@ def test_softmax_codes_reach_the_model(model, solver):
 # What stays in float
 
 
+@pytest.mark.slow
 def test_tuning_brings_logits_closer_and_leaves_codes(model):
   config, params, images, stats = model
   row = 'w3a3+gptq'
@@ -422,7 +423,15 @@ def test_entropy_cuts_what_hardly_occurs():
   assert high > 55
 
 
-@pytest.mark.parametrize('method', ['minmax', 'percentile', 'mse', 'entropy'])
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param('minmax', marks=pytest.mark.slow),
+    'percentile',
+    'mse',
+    'entropy',
+  ],
+)
 def test_positions_have_scales_of_their_own(method):
   config = rich_config()
   params = random_params(config)

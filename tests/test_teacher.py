@@ -248,6 +248,7 @@ def test_resume_with_a_teacher_ends_in_the_same_bits(
   assert {'distill_loss', 'feature_loss', 'dgd_loss'} < set(found[0])
 
 
+@pytest.mark.slow
 def test_a_teacher_that_trained_on_is_not_taken_for_itself(tmp_path):
   place, run = tmp_path / 'teacher', tmp_path / 'run'
   config = make_digits_config()
