@@ -22,6 +22,7 @@ from qvit_jax import (
   packing,
   ptq_table,
   restore,
+  session,
   subject,
   tree,
 )
@@ -34,14 +35,7 @@ from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import report
 from qvit_jax.experiment import Experiment
 from qvit_jax.quantization import RECIPES
-from qvit_jax.session import (
-  add_teacher,
-  header,
-  opened,
-  say,
-  say_bad_files,
-  write_results,
-)
+from qvit_jax.session import say
 from qvit_jax.train_mode import train
 from qvit_jax.whole_model import Model
 
@@ -101,10 +95,10 @@ def _join_processes() -> None:
 
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     packed = subject.open_packed(config)
     experiment = Experiment(config, training=False, packed=packed)
-    header('eval', experiment, place)
+    session.header('eval', experiment, place)
     variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
       say(f'start     {line}')
@@ -116,8 +110,10 @@ def evaluate(config: Any, workdir: str) -> None:
         f'the evaluation loss of {origin[0]} is {metrics["loss"]}; evaluate '
         'another checkpoint or train with a lower optim.lr'
       )
-    write_results(experiment, place, metrics, origin[0].partition(' of ')[0])
-    say_bad_files(experiment)
+    session.write_results(
+      experiment, place, metrics, origin[0].partition(' of ')[0]
+    )
+    session.say_bad_files(experiment)
     say(
       '  '.join(
         f'{name} {metrics[name]:.6f}'
@@ -132,12 +128,12 @@ def predict(config: Any, workdir: str) -> None:
   """Names the likeliest classes of every image of `eval.images`."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=predict runs in one process; start it once')
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     packed = subject.open_packed(config)
     names, line = subject.class_names_of_eval(config, place)
     data = open_images(config, names)
     experiment = Experiment(config, training=False, data=data, packed=packed)
-    header('predict', experiment, place)
+    session.header('predict', experiment, place)
     say(f'classes   {line}')
     variables, origin = subject.start_of_eval(experiment, place)
     for line in origin:
@@ -145,7 +141,7 @@ def predict(config: Any, workdir: str) -> None:
     found = predict_lib.predict(experiment, variables)
     text, count = predict_lib.to_text(found, data.eval.size)
     files.write_text(place / 'predictions.jsonl', text)
-    say_bad_files(experiment)
+    session.say_bad_files(experiment)
     say(f'{count:,} images; results in {place / "predictions.jsonl"}')
 
 
@@ -162,10 +158,10 @@ def sites(config: Any, workdir: str) -> None:
 
 def benchmark(config: Any, workdir: str) -> None:
   """Times training and inference beside the float twin, and the data path."""
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    header('benchmark', experiment, place)
-    add_teacher(experiment)
+    session.header('benchmark', experiment, place)
+    session.add_teacher(experiment)
     twins = {'model': experiment}
     if config.quant.recipe != 'none' or config.lora.rank:
       twins['float'] = _twin(experiment, 'none')
@@ -239,9 +235,9 @@ def ptq(config: Any, workdir: str) -> None:
   _check_float('ptq', config)
   runs = curve.plan(config)
   config = copy.deepcopy(config)  # what it resolves is of the float model
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    header('ptq', experiment, place)
+    session.header('ptq', experiment, place)
     if runs:
       say(
         f'qat       {len(runs)} runs: {", ".join(config.ptq.qat_specs)}, '
@@ -266,9 +262,9 @@ def ptq(config: Any, workdir: str) -> None:
 def sensitivity(config: Any, workdir: str) -> None:
   """Quantizes each product of a trained float model alone; ranks them."""
   _check_float('sensitivity', config)
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     experiment = Experiment(config, training=True)
-    header('sensitivity', experiment, place)
+    session.header('sensitivity', experiment, place)
     params = _float_params(experiment, place)
     table = sensitivity_lib.measure(experiment, params, place, say)
     sites = experiment.model.plan.sites
@@ -281,11 +277,11 @@ def merge_lora(config: Any, workdir: str) -> None:
   """Folds adapters into the kernels and checks that outputs agree."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=merge_lora runs in one process; start it once')
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     # Only GPTQ looks at images of the training split.
     calibrates = config.lora.requantize == 'gptq'
     experiment = Experiment(config, training=calibrates)
-    header('merge_lora', experiment, place)
+    session.header('merge_lora', experiment, place)
     merging.run(experiment, place, say)
 
 
@@ -293,7 +289,7 @@ def export(config: Any, workdir: str) -> None:
   """Writes a packed model, or float parameters in the layout of others."""
   if jax.process_count() > 1:
     raise ConfigError('--mode=export runs in one process; start it once')
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     model = Model(config)
     say('mode      export')
     say(f'model     {model.title}')

@@ -7,18 +7,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from qvit_jax import adapters, files, restore, start
+from qvit_jax import adapters, files, restore, session, start
 from qvit_jax import config as config_lib
 from qvit_jax.data import Data
 from qvit_jax.experiment import Experiment
-from qvit_jax.session import (
-  add_teacher,
-  header,
-  opened,
-  say,
-  say_bad_files,
-  write_results,
-)
+from qvit_jax.session import say
 from qvit_jax.training import loop
 from qvit_jax.training.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
@@ -33,9 +26,9 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     workdir: Where to write.
     data: An opened data set; by default the config's is opened.
   """
-  with opened(workdir) as place:
+  with session.opened(workdir) as place:
     experiment = Experiment(config, training=True, data=data)
-    header('train', experiment, place)
+    session.header('train', experiment, place)
     say(f'schedule  {experiment.schedule_line()}')
     if config.train.stages:
       say(f'stages    {", ".join(map(str, experiment.stages))}')
@@ -51,15 +44,15 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     state, progress, origin = start.initial_state(experiment, checkpoints)
     for line in origin:
       say(f'start     {line}')
-    add_teacher(experiment)
+    session.add_teacher(experiment)
     start.check_teacher(experiment, progress)
     if jax.process_index() == 0:
       files.write_json(place / 'config.json', config_lib.to_json(config))
     progress = _train(experiment, place, checkpoints, state, progress)
-    write_results(
+    session.write_results(
       experiment, place, progress.best, f'step {progress.best_step}'
     )
-    say_bad_files(experiment)
+    session.say_bad_files(experiment)
     if experiment.model.frozen:
       _write_adapter(experiment, place)
     say(

@@ -42,6 +42,7 @@ class _Stochastic(int_numerics.IntSymmetric):
   """Stochastic rounding in float32: bf16 has no bits for the noise."""
 
   def vjp_fwd(self, x, context):
+    """Returns what AQT's method does, of x in float32."""
     return int_numerics.IntSymmetric.vjp_fwd(
       self, x.astype(jnp.float32), context
     )

@@ -24,6 +24,7 @@ class _Watch:
 
   @property
   def is_packed(self) -> bool:
+    """See `ops.Core`."""
     return self.core.is_packed
 
   def __call__(self, module, site, lhs, rhs, dims):
