@@ -143,7 +143,6 @@ def _check_lora(config, mode: str) -> None:
       'keep adapters alone; fold them in with --mode=merge_lora and give the '
       'result with --config.lora.rank=0 --config.lora.targets="()"'
     )
-  whole = [n for n in train.trainable if n in ('params', 'params/encoder')]
   stages = str(train.stages)
   for wrong, text in (
     (not lora.targets,
@@ -156,10 +155,6 @@ def _check_lora(config, mode: str) -> None:
      f'quant.calibration_path={config.quant.calibration_path!r} is of whole '
      "kernels, out of which lora.init='pissa' takes a part; set "
      '--config.lora.init=zero or leave the path out'),
-    (whole,
-     f'train.trainable={tuple(train.trainable)} trains the kernels that '
-     f'lora.rank={lora.rank} freezes; leave it out, or set '
-     '--config.lora.rank=0 --config.lora.targets="()"'),
     (train.trainable != ('auto',) and 'lora' not in train.trainable,
      f'train.trainable={tuple(train.trainable)} leaves the adapters of '
      f'lora.rank={lora.rank} untrained; add \'lora\' or leave it out'),

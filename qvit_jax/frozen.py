@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from qvit_jax import lora, tree
+from qvit_jax.errors import ConfigError
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import QuantPlan, dequantize, quantize
 from qvit_jax.quantization.frozen_core import BITS, FrozenCore, plan_frozen
@@ -162,7 +163,7 @@ def build(config: Any, sites: Sequence[Site]) -> Frozen | None:
   """Returns what `config.lora` describes; None where it is off.
 
   Raises:
-    ConfigError: See `lora.resolve`.
+    ConfigError: See `lora.resolve`; or kernels are to be trained themselves.
   """
   bits = BITS.get(config.lora.base)
   adapter = lora.resolve(
@@ -173,5 +174,13 @@ def build(config: Any, sites: Sequence[Site]) -> Frozen | None:
   )
   if adapter is None:
     return None
+  names = tuple(config.train.trainable)
+  for path, _ in adapter.layers:
+    if any(f'params/{path}/kernel/'.startswith(f'{name}/') for name in names):
+      raise ConfigError(
+        f'train.trainable={names} trains the kernels that '
+        f'lora.rank={config.lora.rank} freezes, such as params/{path}/kernel; '
+        'leave it out, or set --config.lora.rank=0 --config.lora.targets="()"'
+      )
   trained = ('lora', f'params/{lora.HEAD}')
   return Frozen(adapter, tuple(sites), bits, config.lora.group, trained)

@@ -353,8 +353,10 @@ def test_the_start_prints_counts_for_each_target():
      ({'lora.targets': ('fc3',)}, "lora.targets[0]: 'fc3' matches nothing; "
       'closest: encoder/block_01/mlp/fc2'),
      ({'lora.targets': ('head',)}, "lora.targets[0]: 'head' matches nothing"),
-     ({'train.trainable': ('params',)}, 'trains the kernels that lora.rank=2 '
-      'freezes'),
+     ({'train.trainable': ('lora', 'params')}, 'trains the kernels that '
+      'lora.rank=2 freezes'),
+     ({'train.trainable': ('lora', 'params/encoder/block_01')},
+      'freezes, such as params/encoder/block_01/'),
      ({'train.trainable': ('params/head',)}, 'leaves the adapters of'),
      ({'lora.init': 'loftq'}, "but lora.base is 'float'"),
      ({'lora.base': 'int4', 'quant.recipe': 'lsq'}, "quant.recipe='lsq' would "
