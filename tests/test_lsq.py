@@ -450,7 +450,11 @@ LEARNED = {
 
 
 @pytest.mark.parametrize(
-  'recipe', [pytest.param('lsq', marks=pytest.mark.slow), 'statsq', 'qvit']
+  'recipe',
+  [
+    *(pytest.param(r, marks=pytest.mark.slow) for r in ('lsq', 'statsq')),
+    'qvit',
+  ],
 )
 def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
   recipe, float_run, tmp_path, capsys

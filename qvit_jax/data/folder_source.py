@@ -51,7 +51,7 @@ class Folder:
       DataError: There are no classes, one, or other ones in each split.
       ConfigError: A split is misspelt.
     """
-    self.root = os.path.realpath(directory)
+    self.root = os.path.realpath(os.path.expanduser(directory))
     self.notes: list[str] = []
     self._ignored: list[str] = []
     self._listed: dict[str, Files] = {}
@@ -261,9 +261,10 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
     DataError: The folder is missing or empty, or a split has none in it.
     ConfigError: A split is misspelt, or data.holdout has no effect.
   """
-  check_folder('data.dir', data.dir)
+  root = os.path.expanduser(data.dir)
+  check_folder('data.dir', root)
   train, evaluation = _parse(data.train_split), _parse(data.eval_split)
-  folder = lambda split: os.path.join(data.dir, split[0])
+  folder = lambda split: os.path.join(root, split[0])
   if os.path.isdir(folder(evaluation)):
     if data.holdout != HOLDOUT:
       raise ConfigError(
@@ -276,14 +277,14 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
     return data.train_split, data.eval_split, []
   others = [
     entry.name
-    for entry in scan(data.dir)
+    for entry in scan(root)
     if is_folder(entry) and entry.name != train[0] and entry.name[0] != '.'
   ]
   if not os.path.isdir(folder(train)) or others or not data.holdout:
-    raise DataError(_no_split(data.dir, evaluation[0]))
+    raise DataError(_no_split(root, evaluation[0]))
   if train[1:] != (0, 1) or evaluation[1:] != (0, 1):
     raise DataError(
-      f'data.eval_split={data.eval_split!r} has no folder in {data.dir}; name '
+      f'data.eval_split={data.eval_split!r} has no folder in {root}; name '
       f"a share of what is there, such as '{train[0]}[90%:]'"
     )
   percent = f'{100 * (1 - data.holdout):g}%'
