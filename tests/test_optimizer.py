@@ -309,6 +309,28 @@ def test_optimizer_lowers_a_quadratic_loss(name):
   assert loss(current) < 0.7 * loss(params)
 
 
+@pytest.mark.parametrize('name', ['adamw', 'lamb'])
+@pytest.mark.parametrize('size', [0.02, 3.0])
+def test_quant_lr_is_a_share_of_a_step(name, size):
+  config = config_of(name=name, lr=1e-4, quant_lr=1e-2, weight_decay=0.0)
+  variables = {
+    'params': {'kernel': jnp.full((4, 4), size)},
+    'quant': {'kernel_step': jnp.full((4,), size)},
+  }
+  tx = optimizer.make_optimizer(
+    config, optax.constant_schedule(1e-4), jax.eval_shape(lambda: variables)
+  )
+  gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.3), variables)
+  updates, _ = jax.jit(tx.update)(gradients, tx.init(variables), variables)
+  np.testing.assert_allclose(
+    updates['quant']['kernel_step'], -1e-2 * size, rtol=1e-4
+  )
+  share = size if name == 'lamb' else 1
+  np.testing.assert_allclose(
+    updates['params']['kernel'], -1e-4 * share, rtol=1e-4
+  )
+
+
 def test_lamb_moves_each_array_by_a_share_of_its_norm():
   """You et al. 2019, arXiv:1904.00962: the trust ratio scales the update."""
   (actual,) = updated(config_of(name='lamb', lr=0.01), [params_of(1)])

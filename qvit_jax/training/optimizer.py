@@ -105,16 +105,13 @@ def make_optimizer(
     update = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
   if optim.quant_lr and 'quant' in trainable:
     # On the same schedule, and in shares of each array's own size: a step of a
-    # kernel is a hundredth of one of activations.
+    # kernel is a hundredth of one of activations. Those of LAMB are such.
+    faster = optax.scale(optim.quant_lr / optim.lr)
+    if optim.name != 'lamb':
+      faster = optax.chain(optax.scale_by_param_block_rms(), faster)
     update = optax.chain(
       update,
-      optax.masked(
-        optax.chain(
-          optax.scale_by_param_block_rms(),
-          optax.scale(optim.quant_lr / optim.lr),
-        ),
-        {name: name == 'quant' for name in trainable},
-      ),
+      optax.masked(faster, {name: name == 'quant' for name in trainable}),
     )
   if optim.clip_norm:
     update = optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
