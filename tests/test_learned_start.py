@@ -84,7 +84,10 @@ def start(float_run, files, tmp_path, **fields):
 
 @pytest.mark.parametrize(
   ('recipe', 'scales', 'method'),
-  [('lsq', 'per_tensor', 'mse'), ('qvit', 'per_position', 'minmax')],
+  [
+    ('lsq', 'per_tensor', 'mse'),
+    pytest.param('qvit', 'per_position', 'minmax', marks=pytest.mark.slow),
+  ],
 )
 def test_a_run_starts_from_the_scales_of_a_static_row(
   float_run, files, tmp_path, recipe, scales, method

@@ -359,7 +359,12 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
     ),
     ('statsq', {'steps': 'per_token', 'hadamard': True}, 'float32'),
     ('qvit', {}, 'bfloat16'),
-    ('qvit', {'irm': 'layernorm', 'default': 'w2a2'}, 'float32'),
+    pytest.param(
+      'qvit',
+      {'irm': 'layernorm', 'default': 'w2a2'},
+      'float32',
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_packed_model_has_the_codes_of_its_training(recipe, quant, dtype):

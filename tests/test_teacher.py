@@ -425,6 +425,7 @@ def test_weights_of_a_file_make_a_teacher_of_a_size(tmp_path, monkeypatch):
   assert from_file.lines[0].startswith('vit Ti/4, 8 px')
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_hub_stays_that_of_its_commit(
   twin, tmp_path, monkeypatch, capsys
 ):
