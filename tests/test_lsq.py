@@ -454,13 +454,8 @@ LEARNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  'recipe',
-  [
-    *(pytest.param(r, marks=pytest.mark.slow) for r in ('lsq', 'statsq')),
-    'qvit',
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['lsq', 'statsq', 'qvit'])
 def test_a_run_from_a_float_checkpoint_learns_steps_and_resumes_bitwise(
   recipe, float_run, tmp_path, capsys
 ):
