@@ -133,6 +133,12 @@ def test_a_workdir_is_needed_and_is_no_file(call, tmp_path):
   check_mistake(call(DIGITS, workdir=path / 'below'), 'choose a directory')
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert files.open_workdir('~/run') == tmp_path / 'run'
+  assert (tmp_path / 'run').is_dir()
+
+
 def test_a_workdir_in_use_names_its_owner(call, tmp_path):
   workdir = files.open_workdir(str(tmp_path / 'run'))
   with files.Lock(workdir):

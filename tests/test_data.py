@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from qvit_jax.data import batches, digits, open_data, preprocess
+from qvit_jax.data import batches, digits, find_data, open_data, preprocess
 from qvit_jax.data.batches import ResidentSplit, StreamedSplit
 from qvit_jax.data.order import Order, numbers_of
 from qvit_jax.errors import ConfigError, DataError
@@ -544,6 +545,13 @@ def cifar_config(cifar_dir):
   config.model.update(patch=4, image_size=32, num_classes=100)
   config.data.update(source='tfds', name='cifar100', dir=cifar_dir)
   return config
+
+
+def test_a_tilde_is_the_home_folder(cifar_config, monkeypatch):
+  home, name = os.path.split(cifar_config.data.dir)
+  monkeypatch.setenv('HOME', home)
+  cifar_config.data.dir = f'~/{name}'
+  find_data(cifar_config)
 
 
 def test_cifar100_evaluation_split_is_whole(cifar_config):
