@@ -292,6 +292,7 @@ def _forward(product, lhs, rhs, left, right):
 
 def _backward(product: Product, saved, cotangent):
   lhs, rhs, left, right = saved
+  lhs, rhs = (_not_before(cotangent, x) for x in (lhs, rhs))
   coded = _codes(product, lhs, rhs, left, right)
   dtype = product.dtype or lhs.dtype
   # Of levels, not of codes: a cotangent times steps underflows in float16.
@@ -311,6 +312,27 @@ def _backward(product: Product, saved, cotangent):
     x_grads.append(one.astype(x.dtype))
     how_grads.append(other)
   return *x_grads, *how_grads
+
+
+def _not_before(cotangent, x):
+  """Returns x so that nothing is made of it before the cotangent is there.
+
+  Else XLA finds that the forward pass has made the same codes, and keeps them,
+  or makes them early: those of all layers at a time.
+  """
+
+  def tie(cotangent, x):
+    # A CPU drops barriers before it looks for equal expressions, but a NaN may
+    # have to be passed on. Elsewhere a mesh would have to exchange it.
+    first = cotangent[(0,) * cotangent.ndim]
+    return jnp.where(jnp.isnan(first), first.astype(x.dtype), x)
+
+  return jax.lax.platform_dependent(
+    cotangent,
+    x,
+    cpu=tie,
+    default=lambda *both: jax.lax.optimization_barrier(both)[1],
+  )
 
 
 def _operand_grads(x, codes, grad, how, coder: Coder | None):
