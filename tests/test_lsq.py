@@ -394,7 +394,14 @@ def test_a_packed_model_has_the_codes_of_its_training(recipe, quant, dtype):
   np.testing.assert_allclose(near, levels, atol=1e-6)
 
 
-@pytest.mark.parametrize('recipe', ['lsq', 'statsq', 'qvit'])
+@pytest.mark.parametrize(
+  'recipe',
+  [
+    'lsq',
+    pytest.param('statsq', marks=pytest.mark.slow),
+    pytest.param('qvit', marks=pytest.mark.slow),
+  ],
+)
 def test_a_step_keeps_no_codes_for_its_gradients(recipe):
   """XLA plans a fifth more for them than in float at most."""
   images = jnp.zeros((16, 64, 64, 3))
