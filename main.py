@@ -43,7 +43,7 @@ def _parse(argv: list[str]):
   from absl import flags
   from ml_collections import config_flags
 
-  from qvit_jax import config as config_lib
+  from qvit_jax.config import resolve as config_lib
   from qvit_jax.errors import ConfigError
 
   defaults = _load(_config_path(argv))
@@ -131,8 +131,8 @@ def main(argv: list[str]) -> int:
     return 0
   from absl import logging
 
-  from qvit_jax import files
   from qvit_jax.errors import Preempted, QvitError
+  from qvit_jax.store import files
 
   command = shlex.join(['python', *argv])
   try:

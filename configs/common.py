@@ -3,7 +3,7 @@
 An experiment file calls `get_config()` and sets what differs. Sections are one
 level deep. `--config.section.field=value` overrides a field on the command
 line; an unknown field is an error that names the nearest one. The legal values
-written here are enforced by `qvit_jax/fields.py`.
+written here are enforced by `qvit_jax/config/fields.py`.
 """
 
 import ml_collections

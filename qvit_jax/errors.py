@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend. Row 0: imports nothing of ours.
+"""Errors that a user can cause and mend; imports nothing of ours.
 
 Every message is one line of three parts: what was given, what is allowed, what
 to do. `main.py` prints it without a traceback and exits with 2.

@@ -1,4 +1,4 @@
-"""The one seam between a model and its arithmetic. Row 3.
+"""The one seam between a model and its arithmetic.
 
 A model never multiplies matrices itself: its layers are `SiteDense` and
 `SiteProduct`, and both hand their operands to the `Ops` they were given. `Ops`

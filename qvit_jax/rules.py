@@ -1,4 +1,4 @@
-"""Regex rules over paths: the first match wins, a dead rule is an error. Row 2.
+"""Regex rules over paths: the first match wins, a dead rule is an error.
 
 One matcher for quantization, weight decay and sharding; it does not know what
 a rule's value means.

@@ -1,4 +1,4 @@
-"""Pytrees seen as flat maps from 'a/b/c' paths to leaves. Row 1."""
+"""Pytrees seen as flat maps from 'a/b/c' paths to leaves."""
 
 import math
 from typing import Any

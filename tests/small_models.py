@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvit_jax import models, tree
-from qvit_jax.quantization import calibrate, ptq, rows
+from qvit_jax.quantization.ptq import apply as ptq
+from qvit_jax.quantization.ptq import calibrate, rows
 from tests.conftest import make_digits_config
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import main
-from qvit_jax import files
+from qvit_jax.store import files
 from tests.conftest import ROOT, TINY, run_main
 
 DIGITS = '--config=configs/vit_ti_digits_w4a4.py'

@@ -1,4 +1,4 @@
-"""Data sets: what a config names, as two splits of batches. Row 4."""
+"""Data sets: what a config names, as two splits of batches."""
 
 import dataclasses
 import functools

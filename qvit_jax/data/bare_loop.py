@@ -1,4 +1,4 @@
-"""What the cores can decode at all: Pillow in a loop, nothing else. Row 4.
+"""What the cores can decode at all: Pillow in a loop, nothing else.
 
 The measure of the loader, which also shuffles, resizes and stacks.
 """

@@ -1,4 +1,4 @@
-"""Splits of a data set as batches: resident on the device or streamed. Row 4.
+"""Splits of a data set as batches: resident on the device or streamed.
 
 Both kinds answer the same three questions. `source` is the pytree that stays
 on the device (the whole split, or nothing); `train_batches` and `eval_batches`

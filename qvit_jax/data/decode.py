@@ -1,4 +1,4 @@
-"""Image files as RGB pixels, by Pillow, never more than was asked for. Row 4.
+"""Image files as RGB pixels, by Pillow, never more than was asked for.
 
 Formats are named, so that no other parser of Pillow ever sees a file; the
 pixels that a header promises are counted before memory is taken.

@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits: real images, no download. Row 4."""
+"""Scikit-learn's 1,797 handwritten digits: real images, no download."""
 
 import numpy as np
 from sklearn import datasets, model_selection

@@ -1,4 +1,4 @@
-"""Folders: split/class/file, or Tiny-ImageNet as distributed. Row 4.
+"""Folders: split/class/file, or Tiny-ImageNet as distributed.
 
 A split may be a share of its folder, in TFDS's syntax: 'train[:80%]'. Such
 shares are stratified and do not depend on `seed`, so that 'train[:80%]',

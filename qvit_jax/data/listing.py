@@ -1,4 +1,4 @@
-"""Which image files there are: read from directories alone. Row 4.
+"""Which image files there are: read from directories alone.
 
 No file is opened, and none but links is asked for its status, so a million of
 them are listed in seconds.

@@ -1,4 +1,4 @@
-"""Which example is read when: a pure function of (seed, step). Row 4.
+"""Which example is read when: a pure function of (seed, step).
 
 Training reads an endless row of examples; number i is the (i mod N)-th of a
 fresh permutation of the data set for every epoch i // N. Update `step`

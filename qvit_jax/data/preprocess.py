@@ -1,4 +1,4 @@
-"""From uint8 pixels to what the model sees, inside the jitted step. Row 4.
+"""From uint8 pixels to what the model sees, inside the jitted step.
 
 Order: crop and flip at the stored size, resize to the model's size, normalise,
 erase, mix. Every draw is a function of the key alone, so a batch is the same

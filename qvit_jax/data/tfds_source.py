@@ -1,4 +1,4 @@
-"""Classification sets prepared by TFDS, read without TensorFlow. Row 4.
+"""Classification sets prepared by TFDS, read without TensorFlow.
 
 `tfds.data_source` gives random access to sets in the array_record format; only
 preparing a set needs TensorFlow and the network.

@@ -1,4 +1,4 @@
-"""Batches that worker processes make, which end with the training. Row 4."""
+"""Batches that worker processes make, which end with the training."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Evaluation of every example of a split exactly once. Row 5."""
+"""Evaluation of every example of a split exactly once."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qvit_jax import devices
+from qvit_jax.evaluation import devices
 from qvit_jax.evaluation.metrics import EvalSums, summarize
 
 

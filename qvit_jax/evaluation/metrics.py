@@ -1,4 +1,4 @@
-"""Sums of an evaluation, kept on the device, and what they come to. Row 5."""
+"""Sums of an evaluation, kept on the device, and what they come to."""
 
 from typing import Any
 

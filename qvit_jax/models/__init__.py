@@ -1,4 +1,4 @@
-"""The models, by name. Row 4."""
+"""The models, by name."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The vision transformer, top to bottom. Row 4: knows nothing of quantization.
+"""The vision transformer, top to bottom; knows nothing of quantization.
 
 Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words",
 arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,

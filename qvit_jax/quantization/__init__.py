@@ -1,7 +1,7 @@
-"""Quantization: what is quantized how, and the cores that do it. Row 4."""
+"""Quantization: what is quantized how, and the cores that do it."""
 
+from qvit_jax.quantization.methods import RECIPES, build_ops, build_plan
 from qvit_jax.quantization.qtensor import QTensor, dequantize, quantize
-from qvit_jax.quantization.recipes import RECIPES, build_ops, build_plan
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec, parse_spec
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""AQT's product from packed codes: how a trained model runs packed. Row 4.
+"""AQT's product from packed codes: how a trained model runs packed.
 
 The same steps in the same order and dtype as behind `aqt_core`, so that a
 packed model computes what its training evaluated.

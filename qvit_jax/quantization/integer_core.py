@@ -1,4 +1,4 @@
-"""Products of integers from packed kernels: how a row of PTQ runs. Row 4.
+"""Products of integers from packed kernels: how a row of PTQ runs.
 
 Codes travel as bf16 or float32 numbers ("carriers"): every integer up to 256
 is exact in bf16, and sums in float32 are exact below 2**24. Longer sums are
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from qvit_jax.ops import Site, dot_general
 from qvit_jax.quantization import numerics
 from qvit_jax.quantization.aqt_product import aqt_product
+from qvit_jax.quantization.hadamard import turn_blocks
 from qvit_jax.quantization.qtensor import QTensor, dequantize
-from qvit_jax.quantization.rotate import turn_blocks
 from qvit_jax.quantization.softmax_codes import log2_levels, twin_levels
 
 # Codes of more bits are rounded, but travel and multiply as float32.
@@ -39,7 +39,7 @@ class SitePlan:
     is_static: Whether scales of activations were calibrated; else each row of
       the product finds its own.
     block: Channels that a Hadamard matrix turns together before they are
-      rounded (see `rotate.turn_blocks`); 0: none.
+      rounded (see `hadamard.turn_blocks`); 0: none.
     softmax: Codes of attention weights: 'uniform', 'log2' or 'twin'.
     reach: Largest sum of |codes| of an output channel's kernel; 0: unknown.
     clip: Most that an input may be, in magnitude; 0: no bound.

@@ -1,4 +1,4 @@
-"""Scales, rounding and clipping: pure functions. Row 4.
+"""Scales, rounding and clipping: pure functions.
 
 Every quantizer here is affine: x is near scale * (code - zero), with integer
 codes from 0 to 2**bits - 1, or from -m to m with m = 2**(bits-1) - 1 and zero 0

@@ -1,4 +1,4 @@
-"""Integers with their scales: what a packed kernel is. Row 4.
+"""Integers with their scales: what a packed kernel is.
 
 Codes of 5 to 8 bits lie in int8; of 2 to 4 bits two lie in a byte. Scales are
 one per output channel, or one per group of input channels and output channel.

@@ -1,4 +1,4 @@
-"""Codes for attention weights, of which most are tiny and a few are not. Row 4.
+"""Codes for attention weights, of which most are tiny and a few are not.
 
 Both find their range in each row of the softmax by itself. Their levels are not
 evenly spaced, so products with them are simulated in float.

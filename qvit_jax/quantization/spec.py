@@ -1,4 +1,4 @@
-"""What is quantized how: specs, and the plan that rules make of them. Row 4.
+"""What is quantized how: specs, and the plan that rules make of them.
 
 A `QuantPlan` is the answer to "which bits has this product": it is resolved
 once from the config and the model's sites, printed by `--mode=sites`, saved

@@ -1,4 +1,4 @@
-"""What a run tells a person: a progress bar, or plain lines. Row 6."""
+"""What a run tells a person: a progress bar, or plain lines."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The training loop: update, log, evaluate, save, stop. Row 6.
+"""The training loop: update, log, evaluate, save, stop.
 
 It is handed compiled functions and batches and knows neither model nor recipe
 nor data source.
@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from qvit_jax import devices, tree
+from qvit_jax import tree
 from qvit_jax.errors import DivergedError, Preempted
-from qvit_jax.training.checkpoint import Checkpoints
+from qvit_jax.evaluation import devices
+from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training.console import Console
 from qvit_jax.training.signals import StopFlag
 from qvit_jax.training.state import TrainState

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling, which float16 needs. Row 6.
+"""Dynamic loss scaling, which float16 needs.
 
 float16 has no number above 65504 and few below 6e-5: gradients are taken of
 `scale` times the loss and divided by it afterwards. Where one of them is not

@@ -1,4 +1,4 @@
-"""Training losses. Row 6."""
+"""Training losses."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules and weight decay by rule. Row 6."""
+"""Optimizers, learning-rate schedules and weight decay by rule."""
 
 from typing import Any
 

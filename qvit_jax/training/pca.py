@@ -1,4 +1,4 @@
-"""Main directions of features. Row 6."""
+"""Main directions of features."""
 
 import numpy as np
 from jaxtyping import Float

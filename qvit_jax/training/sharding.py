@@ -1,4 +1,4 @@
-"""The device mesh and where each array lies on it. Row 6.
+"""The device mesh and where each array lies on it.
 
 The batch is split over the axes `data` and `fsdp`; parameters and optimizer
 state over `fsdp`, and along the axis that the model names for it over

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop. Row 6.
+"""Signals that ask a run to save and stop.
 
 The handler only raises a flag, which the loop reads between two updates:
 saving inside a handler would run in the middle of another save.

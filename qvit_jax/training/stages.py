@@ -1,4 +1,4 @@
-"""Stages of a training: what is rounded and what is trained when. Row 6.
+"""Stages of a training: what is rounded and what is trained when.
 
 A stage is a part of the updates with a compiled step of its own. The learning
 rate, the optimizer's state and the averages go on through all of them.

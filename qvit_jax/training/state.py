@@ -1,4 +1,4 @@
-"""What a training run is at one moment. Row 6."""
+"""What a training run is at one moment."""
 
 from typing import Any
 

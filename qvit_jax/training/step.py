@@ -1,4 +1,4 @@
-"""One update as one jitted function. Row 6."""
+"""One update as one jitted function."""
 
 from collections.abc import Callable
 from typing import Any

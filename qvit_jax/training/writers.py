@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, and TensorBoard through CLU. Row 6.
+"""Where metrics go: metrics.jsonl, and TensorBoard through CLU.
 
 Both have the interface of CLU's MetricWriter. CLU imports TensorFlow, which
 takes seconds and would take the GPU; that happens here alone and only when

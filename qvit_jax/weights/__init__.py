@@ -1,24 +1,17 @@
-"""Weights of other libraries: read, adapted, written back. Row 7."""
+"""Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layouts import LAYOUTS
-from qvit_jax.weights.load import (
-  is_run,
-  load_weights,
-  read_weights,
-  resolve,
-)
+from qvit_jax.weights.load import is_run, load_weights, read_weights, resolve
 from qvit_jax.weights.report import Report
 from qvit_jax.weights.save import (
   hf_config,
-  read_metadata,
-  save_weights,
   translate,
 )
 
 __all__ = [
     'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'is_run',
-    'load_weights', 'open_source', 'read_metadata', 'read_weights', 'resolve',
-    'save_weights', 'translate',
+    'load_weights', 'open_source', 'read_weights', 'resolve',
+    'translate',
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fits positions and patch kernels to other image and patch sizes. Row 7.
+"""Fits positions and patch kernels to other image and patch sizes.
 
 All of it is linear, so each resize is one small matrix.
 """

@@ -1,42 +1,26 @@
-"""Opens whatever a weights path names: a file or a folder. Row 7."""
+"""Opens whatever a weights path names: a file or a folder."""
 
 import pathlib
-import struct
-import zipfile
-import zlib
 from typing import Any
 
 from qvit_jax.errors import WeightsError
-from qvit_jax.weights import npz_file, safetensors_file, torch_file, zip_file
-from qvit_jax.weights.entries import (
+from qvit_jax.store import tensors
+from qvit_jax.store.entries import (
   CONVERT,
   Entry,
   Source,
+  guarded,
   parse_json,
   printable,
   refuse,
 )
+from qvit_jax.weights import npz_file, torch_file, zip_file
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 _ENDINGS = ('.safetensors', '.npz', '.pth', '.pt', '.bin')
 _PICKLES = (b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
 _MAX_JSON = 8 * 2**20
-# What can come out of the standard library when a file is not what it claims.
-_DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError,
-    IndexError, TypeError, EOFError, OverflowError, NotImplementedError,
-    RecursionError, MemoryError, OSError,
-)  # fmt: skip
-
-
-def guarded(path: pathlib.Path, action):
-  """Returns action(); damage of the file becomes a WeightsError."""
-  try:
-    return action()
-  except _DAMAGE as error:
-    what = ' '.join(str(error).split())[:120] or type(error).__name__
-    refuse(path, f'it is damaged or truncated ({what})')
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -75,7 +59,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, Entry], str, list[str]]:
   container = guarded(path, lambda: _sniff(path))
   notes: list[str] = []
   if container == 'safetensors':
-    entries = guarded(path, lambda: safetensors_file.read(path))
+    entries = tensors.read(path)
   elif container == 'npz':
     entries = guarded(path, lambda: npz_file.read(path))
   else:

@@ -1,4 +1,4 @@
-"""Fits one file's tensors into the places of our model. Row 7.
+"""Fits one file's tensors into the places of our model.
 
 Every name and shape is compared first; only then are the tensors read, one at
 a time, so that no second copy of the file lies in memory.
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qvit_jax.errors import WeightsError
+from qvit_jax.store.entries import Source, printable
 from qvit_jax.weights import adapt
-from qvit_jax.weights.entries import Source, printable
 from qvit_jax.weights.keymap import KINDS, Names, collapse
 from qvit_jax.weights.layouts import Row
 from qvit_jax.weights.report import Report

@@ -1,12 +1,12 @@
-"""Fetches hf://owner/name[@revision] from the Hugging Face hub. Row 7."""
+"""Fetches hf://owner/name[@revision] from the Hugging Face hub."""
 
 import dataclasses
 import errno
 import pathlib
 import re
 
-from qvit_jax import files
 from qvit_jax.errors import WeightsError
+from qvit_jax.store import files
 
 PREFIX = 'hf://'
 _SAFE = ('*.safetensors', '*.safetensors.index.json')

@@ -1,4 +1,4 @@
-"""Recognises a layout by its names and translates shapes and axes. Row 7."""
+"""Recognises a layout by its names and translates shapes and axes."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""How others name a vision transformer's tensors: one key map each. Row 7.
+"""How others name a vision transformer's tensors: one key map each.
 
 A row says which of their tensors a parameter of ours is and how its axes go.
 In names, `{i}` is the block and `~` the prefix that a library puts before its

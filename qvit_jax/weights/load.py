@@ -1,4 +1,4 @@
-"""Weights of others (or of our own runs) in the places of our model. Row 7.
+"""Weights of others (or of our own runs) in the places of our model.
 
 Finds out what a path means, opens it, and recognises whose names it has.
 """
@@ -12,10 +12,10 @@ import numpy as np
 
 from qvit_jax import tree
 from qvit_jax.errors import CheckpointError, WeightsError
-from qvit_jax.training import checkpoint
+from qvit_jax.store import checkpoint
+from qvit_jax.store.entries import Entry, Source, printable
 from qvit_jax.weights import hub
 from qvit_jax.weights.containers import open_source
-from qvit_jax.weights.entries import Entry, Source, printable
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import collapse, nearest, recognise
 from qvit_jax.weights.layouts import LAYOUTS

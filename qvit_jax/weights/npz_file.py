@@ -1,4 +1,4 @@
-"""Reads npz without pickle. Row 7."""
+"""Reads npz without pickle."""
 
 import io
 import pathlib
@@ -7,8 +7,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
+from qvit_jax.store.entries import DTYPES, Entry, check_shape, refuse
 from qvit_jax.weights import zip_file
-from qvit_jax.weights.entries import DTYPES, Entry, check_shape, refuse
 
 _HEADER = 16 * 1024  # more than any .npy header takes
 

@@ -1,4 +1,4 @@
-"""What an import took, changed, left out and left behind. Row 7."""
+"""What an import took, changed, left out and left behind."""
 
 import dataclasses
 from typing import Any

@@ -1,16 +1,13 @@
-"""Writes our float parameters in the names and axes of others. Row 7."""
+"""Writes our float parameters in the names and axes of others."""
 
 import json
 import math
-import os
-import pathlib
 import re
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from qvit_jax import files, tree
+from qvit_jax import tree
 from qvit_jax.errors import ExportError
 from qvit_jax.weights.keymap import KINDS, collapse
 from qvit_jax.weights.layouts import LAYOUTS, Row
@@ -95,60 +92,6 @@ def _fold_positions(ours: dict[str, np.ndarray], slots: str) -> None:
     ours['pos_embed'] = grid
   else:
     ours['pos_embed'] = np.concatenate([cls, grid], axis=1)
-
-
-def save_weights(
-  tensors: dict[str, np.ndarray],
-  path: pathlib.Path,
-  *,
-  form: str,
-  metadata: dict[str, str] | None = None,
-) -> None:
-  """Writes tensors; an older file is replaced only when all is written.
-
-  Args:
-    tensors: Tensor name to array.
-    path: Where to.
-    form: 'safetensors' or 'npz'.
-    metadata: Texts kept in the header of safetensors.
-
-  Raises:
-    ExportError: The disk does not take it.
-  """
-  temporary = path.with_name(f'.{path.name}')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if form == 'npz':
-      with open(temporary, 'wb') as file:
-        np.savez(file, **tensors)
-    else:
-      texts = {'format': 'pt'} | (metadata or {})
-      safetensors.numpy.save_file(tensors, temporary, texts)
-      temporary.chmod(0o666 & ~_umask())  # the package allows the owner alone
-    temporary.replace(path)
-  except (OSError, safetensors.SafetensorError) as error:
-    temporary.unlink(missing_ok=True)
-    if isinstance(error, OSError):
-      raise ExportError(files.cannot_write(path, error)) from error
-    raise ExportError(
-      f'{path} cannot be written ({error}); free some space and run the same '
-      'command again'
-    ) from error
-
-
-def read_metadata(path: pathlib.Path) -> dict[str, str]:
-  """Returns the texts in the header of a safetensors file; {} for others."""
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      return file.metadata() or {}
-  except safetensors.SafetensorError:
-    return {}
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
 
 
 def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:

@@ -1,4 +1,4 @@
-"""Reads PyTorch's zip-format .pth and .bin without PyTorch. Row 7.
+"""Reads PyTorch's zip-format .pth and .bin without PyTorch.
 
 A pickle is a program. Here its instructions are read one by one by an
 interpreter that knows only those that a dict of tensors needs: it looks up no
@@ -14,14 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qvit_jax.store.entries import CONVERT, DTYPES, Entry, check_shape, refuse
 from qvit_jax.weights import zip_file
-from qvit_jax.weights.entries import (
-  CONVERT,
-  DTYPES,
-  Entry,
-  check_shape,
-  refuse,
-)
 
 _MAX_PICKLE = 16 * 2**20
 _STORAGES = {

@@ -1,9 +1,9 @@
-"""Opens the zip archives that .pth and .npz files are. Row 7."""
+"""Opens the zip archives that .pth and .npz files are."""
 
 import pathlib
 import zipfile
 
-from qvit_jax.weights.entries import MAX_ENTRIES, refuse
+from qvit_jax.store.entries import MAX_ENTRIES, refuse
 
 # Compressed archives may grow by this much: real weights hardly shrink.
 _MAX_GROWTH = 20

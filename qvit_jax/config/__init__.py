@@ -1,0 +1,1 @@
+"""The config: its fields, and what a run makes of them."""

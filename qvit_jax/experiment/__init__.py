@@ -1,0 +1,1 @@
+"""Everything that one config describes, put together."""

@@ -1,0 +1,373 @@
+"""Builds everything that one config describes; the only assembler."""
+
+import functools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qvit_jax import models, tree
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.data import Data, find_data, open_data, preprocess
+from qvit_jax.errors import ConfigError, DataError
+from qvit_jax.evaluation import evaluate as evaluate_lib
+from qvit_jax.evaluation.metrics import EvalSums
+from qvit_jax.evaluation.timing import compile_timed
+from qvit_jax.experiment.model import Model
+from qvit_jax.quantization.methods import oscillation
+from qvit_jax.quantization.packed import Packed
+from qvit_jax.store import digest
+from qvit_jax.training import optimizer, sharding
+from qvit_jax.training import stages as stages_lib
+from qvit_jax.training.state import TrainState, make_state, split_collections
+from qvit_jax.training.step import TICK, learned_paths, make_train_step
+
+# Images that learned steps are fitted to before the first update.
+_FITTED = 32
+
+
+class Experiment:
+  """A model on its mesh with its data, optimizer and compiled functions."""
+
+  def __init__(
+    self,
+    config,
+    *,
+    training: bool,
+    data: Data | None = None,
+    packed: Packed | None = None,
+  ):
+    """Builds everything up to, but without, the first array.
+
+    Args:
+      config: A validated config.
+      training: False builds only what evaluation needs.
+      data: An opened data set to share; by default it is opened here.
+      packed: The model of an artifact; see `Model`.
+
+    Raises:
+      QvitError: Some part of the config cannot be.
+    """
+    self.config = config
+    self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
+    # Of the parameters that adapters leave as they are, once they are there.
+    self.base_digest = ''
+    if data is None:
+      find_data(config)
+    self.model = Model(config, packed)
+    self.mesh = sharding.make_mesh(config)
+    self.data = data or open_data(config, training=training)
+    # Else they would count other steps and wait for each other for ever.
+    if not sharding.is_same_everywhere(self.data.digest):
+      raise DataError(
+        f'the processes of this run find other files in data.dir='
+        f'{config.data.dir!r}; give all of them the same folder'
+      )
+    if training:
+      self._plan_training()
+
+  def _plan_training(self) -> None:
+    config, train = self.config, self.config.train
+    size, batch = self.data.train.size, train.batch_size
+    self.steps_per_epoch = max(1, size // batch)
+    self.total_steps = train.steps or -(-round(train.epochs * size) // batch)
+    self.warmup = optimizer.warmup_steps(
+      config, self.total_steps, self.steps_per_epoch
+    )
+    self.schedule = optimizer.make_schedule(
+      config, self.total_steps, self.warmup
+    )
+    self._trained, _ = split_collections(self.model.shapes, train.trainable)
+    self.tx = optimizer.make_optimizer(config, self.schedule, self._trained)
+    self._make_state = functools.partial(
+      make_state,
+      tx=self.tx,
+      trainable=train.trainable,
+      ema=train.ema_decay > 0,
+    )
+    self.state_shapes: TrainState = jax.eval_shape(
+      self._make_state, self.model.shapes
+    )
+    self.state_shardings, self.whole = self._shardings(self.state_shapes)
+
+  def _shardings(self, shapes: Any) -> tuple[Any, list[str]]:
+    rules = models.tensor_rules(self.config)
+    return sharding.infer(shapes, self.mesh, rules)
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    """Where the images of a batch lie."""
+    return NamedSharding(self.mesh, sharding.BATCH)
+
+  @property
+  def whole_sharding(self) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+  def schedule_line(self) -> str:
+    """One line: how long and with which learning rate."""
+    optim, total = self.config.optim, self.total_steps
+    epochs = total * self.config.train.batch_size / self.data.train.size
+    return (
+      f'{total} steps of {self.config.train.batch_size} images '
+      f'({epochs:.2f} epochs), {optim.name}, lr '
+      f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
+    )
+
+  @functools.cached_property
+  def stages(self) -> tuple[stages_lib.Stage, ...]:
+    """The stages of the training; a bad list raises ConfigError."""
+    stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
+    stages_lib.check(stages, self._trained, self.model.plan.specs)
+    freezes = [s for s in stages if stages_lib.KINDS[s.name].freezes]
+    if freezes and self.model.kernels != 'statsq':
+      raise ConfigError(
+        f"train.stages[{freezes[0].place[0] - 1}]='freeze' holds kernels of "
+        f'recipe statsq, but quant.recipe is {self.config.quant.recipe!r}; set '
+        '--config.quant.recipe=statsq or leave the stage out'
+      )
+    return stages
+
+  def precision_lines(self) -> list[str]:
+    """One line about loss scaling where it is on."""
+    optim = self.config.optim
+    if self.config.model.dtype != 'float16':
+      return []
+    return [
+      f'float16 with loss scale {optim.loss_scale:g}, halved at an overflow, '
+      f'doubled after {optim.loss_scale_growth} finite updates'
+    ]
+
+  # Arrays and their places.
+
+  def abstract_variables(self) -> dict[str, Any]:
+    """Returns shapes and places of the model's collections."""
+    shardings, _ = self._shardings(self.model.shapes)
+    return sharding.abstract(self.model.shapes, shardings)
+
+  def abstract_state(self) -> TrainState:
+    """Returns shapes and places of the training state."""
+    return sharding.abstract(self.state_shapes, self.state_shardings)
+
+  def state_of(self, variables: dict[str, Any]) -> TrainState:
+    """Returns the state before the first update of given variables."""
+    make = jax.jit(self._make_state, out_shardings=self.state_shardings)
+    return make(variables)
+
+  def _init(
+    self, key: jax.Array, imported: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    variables = self.model.init(key, images[:1])
+    return tree.unflatten({**tree.flatten(variables), **imported}, variables)
+
+  def _fit(
+    self, variables: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    learned = self.model.fitted
+    if not learned:
+      return variables
+    # Steps follow from what the layers see with the weights that count.
+    _, fitted = self.model.module.apply(variables, images, mutable=learned)
+    return {**variables, **fitted}
+
+  def _fresh(
+    self, key: jax.Array, imported: dict[str, Any], images: jax.Array
+  ) -> dict[str, Any]:
+    return self._fit(self._init(key, imported, images), images)
+
+  def _first_images(self) -> jax.Array:
+    """Returns what learned steps are fitted to, as evaluation sees it.
+
+    The first images of the seeded training order; zeros where nothing is
+    learned of them.
+    """
+    size, data = self.config.model.image_size, self.config.data
+    if not self.model.fitted or not hasattr(self, 'tx'):
+      return jnp.zeros((1, size, size, 3), jnp.float32)
+    split = self.data.train
+    batch = min(_FITTED, split.size)
+    host = next(
+      split.train_batches(
+        seed=self.config.seed, batch=batch, rows=slice(0, batch),
+        first=1, last=1,
+      )
+    )  # fmt: skip
+    images, _ = preprocess.gather(split.source, host)
+    return preprocess.prepare_eval(images, data=data, size=size)
+
+  def fresh_variables(
+    self, key: jax.Array, imported: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Returns random variables, some replaced by path.
+
+    Where adapters are trained, the parameters that they leave alone are then
+    packed, or lose what the adapters start with.
+    """
+    frozen, images = self.model.frozen, self._first_images()
+    shardings, _ = self._shardings(self.model.shapes)
+    if not frozen:
+      make = jax.jit(self._fresh, out_shardings=shardings)
+      return make(key, imported, images)
+    before, _ = self._shardings(self.model.float_shapes)
+    make = jax.jit(self._init, out_shardings=before)
+    variables = make(key, imported, images)
+    _, base = split_collections(variables, self.config.train.trainable)
+    self.base_digest = digest.combined(base['params'])
+    fit = jax.jit(self._fit, out_shardings=shardings)
+    return fit(frozen.settle(variables), images)
+
+  def fresh_state(
+    self, key: jax.Array, imported: dict[str, Any] | None = None
+  ) -> TrainState:
+    """Returns a state with random weights, some replaced by path."""
+    if self.model.frozen:
+      return self.state_of(self.fresh_variables(key, imported or {}))
+    make = lambda *given: self._make_state(self._fresh(*given))
+    return jax.jit(make, out_shardings=self.state_shardings)(
+      key, imported or {}, self._first_images()
+    )
+
+  def missing_parameters(self, imported: dict[str, Any]) -> set[str]:
+    """Returns the paths of parameters that `imported` does not hold."""
+    params = {'params': self.model.float_shapes['params']}
+    return set(tree.flatten(params)) - set(imported)
+
+  def metadata(self) -> dict[str, Any]:
+    """Returns what every checkpoint of this experiment says of itself."""
+    facts = {
+      'config': config_lib.to_json(self.config),
+      'architecture': models.architecture(self.config),
+      'plan': self.model.plan.digest_lines(),
+      'class_names': list(self.data.class_names),
+      'data_digest': self.data.digest,
+    }
+    return facts | ({'base': self.base_digest} if self.model.frozen else {})
+
+  # Compiled functions.
+
+  def train_step_function(self, stage: str = 'all') -> Callable:
+    """Returns step(state, source, batch, given) of a stage, not yet jitted."""
+    data, model, teacher = self.config.data, self.config.model, self.teacher
+    module = self.model.rounding(stages_lib.KINDS[stage].operand)
+    apply = module.apply
+    if teacher:
+      apply = teacher.tapped(self.config, module.ops)
+    frozen = stages_lib.frozen(stage, self._trained)
+    apply = stages_lib.stop_gradients(apply, frozen)
+    tx, penalty = stages_lib.hold(self.tx, frozen), None
+    if stages_lib.KINDS[stage].freezes:
+      movable = functools.partial(
+        oscillation.movable_weights, module.ops.core.plan,
+        reach=self.config.quant.freeze,
+      )  # fmt: skip
+      apply = stages_lib.stop_elements(apply, movable)
+      tx = stages_lib.hold_elements(tx, movable)
+    if self._dampens:
+      damped = functools.partial(
+        oscillation.total_dampening, module.ops.core.plan
+      )
+      damped = stages_lib.stop_gradients(damped, frozen)
+      penalty = self.config.quant.dampen, damped
+    return make_train_step(
+      apply=apply,
+      tx=tx,
+      gather=preprocess.gather,
+      prepare=functools.partial(
+        preprocess.prepare_train,
+        data=data,
+        size=model.image_size,
+        num_classes=model.num_classes,
+      ),
+      batch_sharding=self.batch_sharding,
+      train=self.config.train,
+      seed=self.config.seed,
+      teacher=teacher,
+      penalty=penalty,
+    )
+
+  @property
+  def _dampens(self) -> bool:
+    """Whether kernels with learned steps are drawn to their levels."""
+    is_on = self.config.quant.dampen > 0
+    return is_on and self.model.kernels == 'step'
+
+  @property
+  def tick(self) -> tuple[str, ...]:
+    """Names of the numbers that a step reports."""
+    names = TICK + (self.teacher.names if self.teacher else ())
+    return names + (('dampen_loss',) if self._dampens else ())
+
+  @property
+  def learned(self) -> tuple[str, ...]:
+    """Paths of what is trained beside parameters."""
+    return learned_paths(self._trained)
+
+  @property
+  def given(self) -> Any:
+    """The arrays of the teacher, the step's last argument."""
+    return self.teacher.given if self.teacher else None
+
+  def compile_train_step(
+    self, state, source, batch, *, stage: str = 'all'
+  ) -> tuple[Callable, float]:
+    """Returns the compiled step and the seconds that took.
+
+    It is called with (state, source, batch, self.given).
+    """
+    step = jax.jit(
+      self.train_step_function(stage),
+      donate_argnums=0,
+      out_shardings=(self.state_shardings, self.whole_sharding),
+    )
+    return compile_timed(step, state, source, batch, self.given)
+
+  def train_batches(self, first: int, last: int) -> Generator[Any, None, None]:
+    """Yields the placed batches of updates `first` .. `last`."""
+    batch = self.config.train.batch_size
+    rows = sharding.local_rows(self.mesh, batch)
+    hosts = self.data.train.train_batches(
+      seed=self.config.seed, batch=batch, rows=rows, first=first, last=last
+    )
+    for host in hosts:
+      yield sharding.place_batch(host, self.mesh, batch, rows)
+
+  def make_evaluator(self) -> Callable[..., dict[str, Any]]:
+    """Returns evaluate(variables, poll) -> metrics over the whole split."""
+    data, size = self.config.data, self.config.model.image_size
+    step = jax.jit(
+      evaluate_lib.make_eval_step(
+        apply=self.model.module.apply,
+        gather=preprocess.gather,
+        prepare=functools.partial(
+          preprocess.prepare_eval, data=data, size=size
+        ),
+        batch_sharding=self.batch_sharding,
+      ),
+      out_shardings=self.whole_sharding,
+    )
+    source = self.replicate(self.data.eval.source)
+
+    def evaluate(variables, poll=lambda: None):
+      sums = EvalSums.zeros(self.config.model.num_classes)
+      return evaluate_lib.evaluate(
+          step, variables, source, self.eval_batches(), self.replicate(sums),
+          poll=poll,
+      )  # fmt: skip
+
+    return evaluate
+
+  def eval_batches(self) -> Iterator[Any]:
+    """Yields the placed batches of the evaluation split, in its order."""
+    # A split smaller than a batch is not padded to a whole one.
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    most = -(-self.data.eval.size // parts) * parts
+    batch = min(self.config.eval.batch_size, most)
+    rows = sharding.local_rows(self.mesh, batch)
+    for host in self.data.eval.eval_batches(batch=batch, rows=rows):
+      yield sharding.place_batch(host, self.mesh, batch, rows)
+
+  def replicate(self, host: Any) -> Any:
+    """Returns host arrays as one copy on every device."""
+    return sharding.replicate(jax.device_get(host), self.mesh)

@@ -1,0 +1,125 @@
+"""What the report of a PTQ table says beside its rows."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qvit_jax.errors import ConfigError
+from qvit_jax.ops import Site, Stream
+from qvit_jax.quantization.ptq import apply as ptq
+from qvit_jax.quantization.ptq.calibrate import SiteStats
+from qvit_jax.quantization.ptq.rows import Row
+
+# A row this far below float, or that names this few classes, has collapsed.
+_COLLAPSE_POINTS = 0.2
+_COLLAPSE_CLASSES = 0.25
+_SUSPECTS = 3
+_BARS = 128
+
+
+def collapse(
+  metrics: Mapping[str, Any],
+  base: np.ndarray,
+  labels: np.ndarray,
+  sites: Sequence[Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+  """Returns whether a row fell, and the products that may be why.
+
+  Args:
+    metrics: Of the row: top1 and confusion.
+    base: Float logits [n, classes].
+    labels: [n].
+    sites: The row's products with their sqnr_db.
+  """
+  before = float((base.argmax(axis=1) == labels).mean())
+  confusion = np.asarray(metrics['confusion'])
+  predicted = int((confusion.sum(axis=0) > 0).sum())
+  fell = metrics['top1'] < before - _COLLAPSE_POINTS
+  narrow = predicted < _COLLAPSE_CLASSES * len(np.unique(labels))
+  suspects = []
+  if (fell or narrow) and sites:
+    noisy = [site for site in sites if site['sqnr_db'] is not None]
+    noisy.sort(key=lambda site: site['sqnr_db'])
+    suspects = [
+      f'{site["path"]}: {site["sqnr_db"]:.1f} dB' for site in noisy[:_SUSPECTS]
+    ]
+  return {
+    'collapsed': bool(fell or narrow),
+    'suspects': suspects,
+    'classes_predicted': predicted,
+  }
+
+
+def histograms(
+  config: Any,
+  rows: Sequence[Row],
+  sites: Sequence[Site],
+  stream: Stream,
+  params: dict[str, np.ndarray],
+  stats: Mapping[str, SiteStats] | None,
+) -> list[dict[str, Any]]:
+  """Returns what calibration saw at one product of each kind.
+
+  Args:
+    config: Its `ptq` has the range method.
+    rows: The static ones say where they clip.
+    sites: All products.
+    stream: Of the model.
+    params: Float parameters.
+    stats: Of the untransformed model; None: no row needed any.
+  """
+  if stats is None or config.ptq.scales != 'per_tensor':
+    return []
+  plans = {
+    row: ptq.plan_sites(row, sites, params, stream)
+    for row in rows
+    if row.is_static and not row.transforms
+  }
+  shown: dict[str, list[Site]] = {}
+  for site in sites:
+    shown.setdefault(site.path.split('/')[-1], []).append(site)
+  found = []
+  for kind, alike in shown.items():
+    site = alike[len(alike) // 2]  # the middle one stands for all
+    for side in ('lhs', 'rhs'):
+      operand = getattr(stats[site.path], side)
+      if operand is None or operand.counts is None:
+        continue
+      ranges = {
+        row.name: [
+          float(end)
+          for end in ptq.row_range(
+            row, plan[site.path], operand, config.ptq.range
+          )
+        ]
+        for row, plan in plans.items()
+        if plan[site.path].is_static
+      }
+      found.append(
+        {
+          'kind': kind if site.is_layer else f'{kind} {side}',
+          'site': site.path,
+          'edges': [float(operand.low), float(operand.high)],
+          'counts': operand.counts.reshape(_BARS, -1).sum(axis=1).tolist(),
+          'ranges': ranges,
+        }
+      )
+  return found
+
+
+def qat_row(path: str, num_classes: int) -> dict[str, Any]:
+  """Returns the evaluated model of a training run's results.json."""
+  place = pathlib.Path(path) / 'results.json'
+  try:
+    found = json.loads(place.read_text(encoding='utf-8'))['baseline']
+    if found['method'] == 'none' or len(found['confusion']) != num_classes:
+      raise ValueError(path)
+    return {**found, 'name': pathlib.Path(path).name}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f'ptq.qat_runs: {path!r} holds no results.json of a quantization-aware '
+      f'training with {num_classes} classes; give workdirs of --mode=train'
+    ) from error

@@ -1,0 +1,172 @@
+"""A config's model with its plan and arithmetic, before any array."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvit_jax import models, tree
+from qvit_jax.lora import frozen as frozen_lib
+from qvit_jax.ops import FloatCore, Ops
+from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
+from qvit_jax.quantization.packed import Packed
+from qvit_jax.training.state import split_collections
+
+
+class Model:
+  """A model, its plan and its arithmetic; makes no array."""
+
+  def __init__(self, config, packed: Packed | None = None):
+    """Builds it.
+
+    Args:
+      config: A validated config.
+      packed: What to build instead of `config.quant`; `shapes` are then those
+        of the float model that was packed.
+
+    Raises:
+      QvitError: The config describes no possible model.
+    """
+    self.config, self.packed = config, packed
+    sites = models.list_sites(config)
+    self.frozen = None if packed else frozen_lib.build(config, sites)
+    self.plan = packed.plan if packed else build_plan(config.quant, sites)
+    if self.frozen:
+      self.plan = self.frozen.plan(self.plan)
+    self.ops: Ops = packed.ops if packed else self._make_ops(self.plan)
+    self.module = models.build_model(config, self.ops)
+    self._trained = self.module
+    if self.ops.core.is_packed:  # kernels are made in float
+      ops = Ops() if packed else dataclasses.replace(self.ops, core=FloatCore())
+      self._trained = models.build_model(config, ops)
+    size = config.model.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    # As initialised; `shapes` are those after kernels were packed.
+    self.float_shapes = jax.eval_shape(self.init, jax.random.key(0), images)
+    if config.train.trainable == ('auto',) and not packed:
+      config.train.trainable = self._trainable()
+    self.shapes = self.float_shapes
+    if self.frozen:
+      self.shapes = jax.eval_shape(self.frozen.settle, self.shapes)
+
+  def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
+    """Returns fresh variables, by collection."""
+    return dict(self._trained.init(key, images))
+
+  def _make_ops(self, plan: QuantPlan) -> Ops:
+    hidden = models.stream(self.config).hidden
+    ops = build_ops(self.config.quant, plan, hidden=hidden)
+    return self.frozen.ops(ops) if self.frozen else ops
+
+  def _trainable(self) -> tuple[str, ...]:
+    """Returns what is trained where the config leaves it to the method."""
+    collections = RECIPES[self.config.quant.recipe].collections
+    # StatsQ kernels with ranges of each token have nothing to learn there.
+    collections = tuple(c for c in collections if c in self.float_shapes)
+    if not self.frozen:
+      return collections
+    more = tuple(name for name in collections if name != 'params')
+    return self.frozen.collections + more
+
+  @property
+  def fitted(self) -> tuple[str, ...]:
+    """Collections that follow from what the layers see."""
+    return ('quant',) if 'quant' in self.float_shapes else ()
+
+  def kept(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns what of a model's variables a checkpoint holds.
+
+    The base of adapters is told by its digest.
+    """
+    if not self.frozen:
+      return variables
+    names = dict.fromkeys((*self.config.train.trainable, *self.fitted))
+    return split_collections(variables, tuple(names))[0]
+
+  def adapter_lines(self) -> list[str]:
+    """Returns what is trained and what is not, where adapters are."""
+    if not self.frozen:
+      return []
+    return self.frozen.lines(self.shapes, self.kept(self.shapes))
+
+  def rounding(self, operand: str) -> Any:
+    """Returns the module that quantizes 'weights' or 'acts' alone."""
+    if not operand:
+      return self.module
+    ops = self._make_ops(self.plan.only(operand))
+    return models.build_model(self.config, ops)
+
+  @property
+  def title(self) -> str:
+    """One line: what it is and how many numbers it learns."""
+    model = self.config.model
+    shape = models.architecture(self.config)
+    name = model.size or (
+      f'width {shape["width"]}, depth {shape["depth"]}, {shape["heads"]} '
+      f'heads, MLP {shape["mlp_dim"]}, patch {shape["patch"]}'
+    )
+    count = tree.num_elements(self.float_shapes['params'])
+    return (
+      f'{model.name} {name}, {model.image_size} px, {model.num_classes} '
+      f'classes, {count:,} parameters, '
+      f'{model.dtype}'
+    )
+
+  @property
+  def kernels(self) -> str:
+    """How kernels are rounded under learned steps: 'step', 'statsq' or ''."""
+    return getattr(self.ops.core, 'kernels', '')
+
+  @property
+  def bits(self) -> str:
+    """One line: recipe, bits, and what stays in float."""
+    quant, plan = self.config.quant, self.plan
+    if plan.is_float:
+      return 'float (recipe none)'
+    counts: dict[str, int] = {}
+    for site, spec in zip(plan.sites, plan.specs, strict=True):
+      kind = 'layers' if site.is_layer else 'attention products'
+      key = f'{kind} {spec}'
+      counts[key] = counts.get(key, 0) + 1
+    listed = ', '.join(f'{n} {key}' for key, n in counts.items())
+    more = ''
+    if quant.recipe == 'aqt' and quant.backward_bits:
+      more = f', backward products {quant.backward_bits} bit, stochastic'
+    if self.kernels == 'step' and quant.dampen:
+      more = f', kernels dampened by {quant.dampen:g}'
+    if turned := getattr(self.ops.core, 'turned', ()):
+      count = sum(plan.by_path[path].acts is not None for path in turned)
+      more += f', inputs of {count} layers turned'
+    if self.ops.core.is_packed and not self.packed:
+      return f'{listed}, frozen and packed'
+    return (
+      f'{listed} (recipe {quant.recipe}, activations '
+      f'{plan.act_granularity}{more})'
+    )
+
+  def size_bytes(self) -> int:
+    """Returns the bytes of the parameters at the plan's bits."""
+    if self.packed:
+      return self.packed.num_bytes()
+    if self.ops.core.is_packed:
+      return tree.num_bytes(self.shapes)
+    return tree.num_bytes(self.shapes['params']) - self.plan.saved_bytes()
+
+  def row_facts(self) -> dict[str, Any]:
+    """Returns what a row of results.json says of the model itself."""
+    recipe, size = self.config.quant.recipe, self.size_bytes()
+    facts = {
+      'method': recipe,
+      'weight_bits': self.plan.bits('weights'),
+      'act_bits': self.plan.bits('acts'),
+      'size_bytes': size,
+      'compression': tree.num_bytes(self.float_shapes['params']) / size,
+      'bops': self.plan.bops(),
+      'macs': self.plan.macs(),
+      # Training and evaluation round to the grid but keep float arrays.
+      'execution': 'float' if self.plan.is_float else 'simulated',
+    }
+    if self.packed:
+      facts |= {'execution': self.packed.execution, 'why': self.packed.why}
+    return facts

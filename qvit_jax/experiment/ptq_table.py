@@ -1,0 +1,382 @@
+"""What `--mode=ptq` runs: every row, packed, measured beside float."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvit_jax import models
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.data import preprocess
+from qvit_jax.errors import ConfigError, DivergedError
+from qvit_jax.evaluation import timing
+from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
+from qvit_jax.experiment import calibration, findings, sensitivity
+from qvit_jax.experiment.calibration import Calibration, build_model, nest
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.quantization.packed import Packed
+from qvit_jax.quantization.ptq import apply as ptq
+from qvit_jax.quantization.ptq import calibrate, compare
+from qvit_jax.quantization.ptq.rows import Row, check_groups, parse_row
+from qvit_jax.quantization.ptq.tune import tune
+from qvit_jax.report import page
+from qvit_jax.report import rows as report
+from qvit_jax.store import artifacts, files
+
+# Images for the noise of each product, and how many are held at once.
+_NOISE_IMAGES, _NOISE_BATCH = 32, 8
+_BASELINE, _RIVAL = 'fp32', 'bf16'
+
+
+@dataclasses.dataclass
+class _Measured:
+  """Logits of every evaluated image, and how a batch is run for timing."""
+
+  logits: np.ndarray
+  run: Callable[[], Any]
+  memory: dict[str, int | None]
+
+
+class Table:
+  """The rows of one float model."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    params: dict[str, Any],
+    place: pathlib.Path,
+    say: Callable[[str], None],
+  ):
+    """Takes the model's float parameters, as host arrays by path.
+
+    Raises:
+      ConfigError: Rows or calibration ask for what is not there.
+    """
+    config = experiment.config
+    self.experiment, self.config, self.say = experiment, config, say
+    self.params, self.place = params, place
+    self.rows = [parse_row(name) for name in config.ptq.rows]
+    names = [row.name for row in self.rows]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+      raise ConfigError(
+        f'ptq.rows names {", ".join(sorted(twice))} twice; leave one out'
+      )
+    self.sites = experiment.model.plan.sites
+    self.stream = models.stream(config)
+    self.qat = [
+      findings.qat_row(path, config.model.num_classes)
+      for path in config.ptq.qat_runs
+    ]
+    # Points of accuracy against bits by training, of whoever measured them.
+    self.curve: list[dict[str, Any]] = []
+    self.calibration = Calibration(
+      experiment, place, say, hessians=any(r.needs_hessians for r in self.rows)
+    )
+    self._stats: dict[tuple[str, ...], dict[str, calibrate.SiteStats]] = {}
+    # Rows of an earlier run count only if they are of the same weights.
+    self._digest = calibration.digest(params)
+    self._done: dict[str, dict[str, Any]] = {}
+    for note in check_groups(self.rows, self.sites):
+      say(f'note: {note}')
+    self._check_mixed()
+
+  def _check_mixed(self) -> None:
+    """Refuses choices and budgets before hours of other rows."""
+    if any(row.mixed == 'mixed_sensitivity' for row in self.rows):
+      sensitivity.Sensitivity(
+        self.experiment, self.params, self.place, self.say
+      )
+
+  def run(self) -> list[dict[str, Any]]:
+    """Runs every row that results.json does not hold yet; returns all."""
+    self._done = done = self._done_rows()
+    known = {
+      name: self._measure(self._pack(parse_row(name)))
+      for name in (_BASELINE, _RIVAL)
+    }
+    base = known[_BASELINE].logits
+    if not np.isfinite(base).all() or not base.any():
+      raise DivergedError(
+        'the float logits are zero or not finite, so no row can be compared '
+        'with them; start from a trained checkpoint'
+      )
+    rivals = {'float': known[_BASELINE], 'bf16': known[_RIVAL]}
+    baseline = self._row(parse_row(_BASELINE), known[_BASELINE], rivals, None)
+    finished = []
+    for index, row in enumerate(self.rows):
+      if row.name in done:
+        finished.append(done[row.name])
+        self.say(f'row {index + 1}/{len(self.rows)}  {row.name}: done before')
+        continue
+      started = time.monotonic()
+      seconds = None
+      if row.name not in known:
+        packed = self._pack(row)
+        seconds = time.monotonic() - started
+        found = self._measure(packed)
+      else:  # measured above, as what rows are compared with
+        found = known[row.name]
+      finished.append(self._row(row, found, rivals, seconds))
+      self._write(baseline, finished)
+      self.say(self._line(index, finished[-1]))
+    path = page.write(self.place, self._write(baseline, finished))
+    self.say(f'report in {path}')
+    return finished
+
+  def _done_rows(self) -> dict[str, dict[str, Any]]:
+    """Returns the rows of an earlier run of the same config."""
+    path = self.place / 'results.json'
+    if not path.is_file():
+      return {}
+    try:
+      old = json.loads(path.read_text(encoding='utf-8'))
+      digests = old.get('row_digest'), old.get('weights_digest')
+    except (ValueError, AttributeError) as error:
+      raise ConfigError(
+        f'{path} is no table of rows ({type(error).__name__}); delete it and '
+        'run the same command again'
+      ) from error
+    # Other weights: trained further since.
+    if digests != (self._row_digest(), self._digest):
+      return {}
+    return {
+      row['name']: row
+      for row in [*old['rows'], *old.get('other_rows', ())]
+      if self._is_whole(row)
+    }
+
+  def _is_whole(self, row: dict[str, Any]) -> bool:
+    """Returns whether a row's file is there and its name means the same."""
+    parsed = parse_row(row['name'])
+    path = self._artifact(parsed)
+    return (
+      row['method'] == parsed.method
+      and path.is_file()
+      and path.stat().st_size == row['artifact_bytes']
+    )
+
+  def _row_digest(self) -> str:
+    """Returns the digest of everything that a row's numbers depend on."""
+    config = config_lib.to_json(self.config)
+    # More of them may be asked for later.
+    for field in ('rows', 'qat_runs', 'qat_specs', 'qat_recipe', 'qat_seeds'):
+      config['ptq'].pop(field)
+    return report.config_digest(config)
+
+  def _write(self, baseline, rows) -> dict[str, Any]:
+    content = report.results(config_lib.to_json(self.config), baseline, rows)
+    table = self.place / 'sensitivity.json'
+    names = {row['name'] for row in rows}
+    content |= {
+      # Of an earlier run, not asked for or not reached yet.
+      'other_rows': [r for n, r in self._done.items() if n not in names],
+      'row_digest': self._row_digest(),
+      'weights_digest': self._digest,
+      'model': self.experiment.model.title,
+      'data': self.experiment.data.description,
+      'class_names': list(self.experiment.data.class_names),
+      'qat': self.qat,
+      'curve': self.curve,
+      'histograms': findings.histograms(
+        self.config,
+        self.rows,
+        self.sites,
+        self.stream,
+        self.params,
+        self._plain_stats(),
+      ),
+      'sensitivity': sensitivity.ranked(table, self._digest),
+    }
+    files.write_json(self.place / 'results.json', content)
+    return content
+
+  def _plain_stats(self) -> dict[str, calibrate.SiteStats] | None:
+    """Returns what static rows saw of the untransformed model, if any did."""
+    if any(row.is_static and not row.transforms for row in self.rows):
+      return self._observe((), self.params)
+    return self._stats.get(())
+
+  # One row.
+
+  def _pack(self, row: Row) -> Packed:
+    """Returns the row's model as it comes back from its file."""
+    params = ptq.transform(
+      row, self.params, self.stream, self._observe, seed=self.config.seed
+    )
+    plans = self._plans(row, params)
+    stats = None
+    if row.needs_calibration:
+      stats = self._observe(row.transforms, params)
+    packed = ptq.apply_row(
+      row, plans, params, self.sites, stats, ranges=self.config.ptq.range
+    )
+    if 'tune' in row.solvers:
+      packed = tune(
+        lambda ops: build_model(self.config, ops, row.dtype),
+        packed, nest(params), self.calibration.images(),
+        steps=self.config.ptq.tune_steps, seed=self.config.seed,
+        progress=self.say,
+      )  # fmt: skip
+    path = self._artifact(row)
+    architecture = models.architecture(self.config)
+    names = self.experiment.data.class_names
+    artifacts.save(packed, path, architecture, class_names=names)
+    return artifacts.load(path, self.sites, architecture)
+
+  def _plans(self, row: Row, params) -> dict[str, ptq.SitePlan]:
+    chosen = None
+    if row.mixed == 'mixed_sensitivity':
+      table = sensitivity.measure(
+        self.experiment, self.params, self.place, self.say
+      )
+      chosen = sensitivity.assign(self.config, self.sites, table)
+    if row.is_float:
+      return {}
+    return ptq.plan_sites(row, self.sites, params, self.stream, chosen)
+
+  def _artifact(self, row: Row) -> pathlib.Path:
+    return self.place / 'artifacts' / f'{row.name}.safetensors'
+
+  def _observe(self, done, params) -> dict[str, calibrate.SiteStats]:
+    if done not in self._stats:
+      self._stats[done] = self.calibration.observe(done, params)
+    return self._stats[done]
+
+  def _measure(self, packed: Packed) -> _Measured:
+    config = self.config
+    model = build_model(config, packed.ops, packed.dtype)
+    data, size = config.data, config.model.image_size
+    split = self.experiment.data.eval
+    source = jax.tree.map(jnp.asarray, split.source)
+
+    @jax.jit
+    def forward(variables, source, batch):
+      images, _ = preprocess.gather(source, batch)
+      return model.apply(
+        variables, preprocess.prepare_eval(images, data=data, size=size)
+      )
+
+    parts = [
+      np.asarray(forward(packed.variables, source, host))[mask]
+      for host, mask in self._eval_batches()
+    ]
+    images = jax.random.normal(
+      jax.random.key(0), (config.ptq.latency_batch, size, size, 3)
+    )
+    compiled, _ = timing.compile_timed(
+      jax.jit(model.apply), packed.variables, images
+    )
+    return _Measured(
+      np.concatenate(parts),
+      lambda: compiled(packed.variables, images),
+      timing.memory(compiled),
+    )
+
+  def _eval_batches(self) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields (host batch, which of its images count)."""
+    split = self.experiment.data.eval
+    batch = min(self.config.eval.batch_size, split.size)
+    for host in split.eval_batches(batch=batch, rows=slice(0, batch)):
+      yield host, np.asarray(host['mask']) > 0
+
+  def _labels(self) -> np.ndarray:
+    source = self.experiment.data.eval.source
+    return np.concatenate(
+      [
+        np.asarray(preprocess.gather(source, host)[1])[mask]
+        for host, mask in self._eval_batches()
+      ]
+    )
+
+  def _row(
+    self, row: Row, found: _Measured, rivals: dict[str, _Measured], seconds
+  ) -> dict[str, Any]:
+    path, base, labels = self._artifact(row), rivals['float'], self._labels()
+    packed = artifacts.load(path, self.sites, models.architecture(self.config))
+    sums = EvalSums.zeros(self.config.model.num_classes).add(
+      jnp.asarray(found.logits),
+      jnp.asarray(labels),
+      jnp.ones(len(found.logits)),
+    )
+    metrics = summarize(jax.device_get(sums))
+    times = timing.interleave(
+      {'row': found.run, **{name: m.run for name, m in rivals.items()}},
+      rounds=self.config.ptq.rounds,
+    )
+    spread = timing.spread(times['row'])
+    speedup = {
+      name: timing.ratio(times[name], times['row'])['median'] for name in rivals
+    }
+    compared = compare_logits(found.logits, base.logits)
+    full = 4 * sum(x.size for x in self.params.values())
+    sites = self._site_rows(row, packed)
+    return report.make_row(
+      name=row.name,
+      method=row.method,
+      weight_bits=row.weights or packed.plan.bits('weights'),
+      act_bits=row.acts or packed.plan.bits('acts'),
+      size_bytes=packed.num_bytes(),
+      artifact_bytes=path.stat().st_size,
+      compression=full / packed.num_bytes(),
+      bops=packed.plan.bops(),
+      macs=packed.plan.macs(),
+      latency_ms={k: 1e3 * v for k, v in spread.items()},
+      images_per_second=self.config.ptq.latency_batch / spread['median'],
+      speedup=speedup['float'],
+      speedup_bf16=speedup['bf16'],
+      peak_memory_bytes=found.memory['peak'],
+      execution=packed.execution,
+      why=packed.why,
+      sites=sites,
+      seconds=seconds,
+      **metrics,
+      agreement=compared['agreement'],
+      sqnr_db=compared['sqnr_db'],
+      **findings.collapse(metrics, base.logits, labels, sites),
+    )
+
+  def _site_rows(self, row: Row, packed: Packed):
+    """Returns bits and noise of every product; None for a float row."""
+    if row.is_float:
+      return None
+    params = ptq.transform(
+      row, self.params, self.stream, self._observe, seed=self.config.seed
+    )
+    images = (
+      batch[start : start + _NOISE_BATCH]
+      for batch in self.calibration.batches(
+        min(_NOISE_IMAGES, self.config.ptq.calibration_examples)
+      )
+      for start in range(0, len(batch), _NOISE_BATCH)
+    )
+    noise = compare.site_sqnr(
+      lambda ops, dtype: build_model(self.config, ops, dtype),
+      packed, nest(params), images,
+    )  # fmt: skip
+    return [
+      {
+        'path': site.path,
+        'kind': site.kind,
+        'weights': spec.weights,
+        'acts': spec.acts,
+        'sqnr_db': noise[site.path],
+      }
+      for site, spec in zip(packed.plan.sites, packed.plan.specs, strict=True)
+    ]
+
+  def _line(self, index: int, row: dict[str, Any]) -> str:
+    sqnr = '-' if row['sqnr_db'] is None else f'{row["sqnr_db"]:.1f}'
+    return (
+      f'row {index + 1}/{len(self.rows)}  {row["name"]:22} top1 '
+      f'{row["top1"]:.4f}  agreement {row["agreement"]:.4f}  SQNR {sqnr} dB  '
+      f'{row["artifact_bytes"] / 1e6:.2f} MB ({row["compression"]:.2f}x)  '
+      f'{row["latency_ms"]["median"]:.1f} ms ({row["speedup"]:.2f}x)  '
+      f'{row["execution"]}' + ('  COLLAPSED' if row['collapsed'] else '')
+    )

@@ -1,0 +1,277 @@
+"""Accuracy against bits by training: which runs, their points."""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qvit_jax import models
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import calibration
+from qvit_jax.experiment.model import Model
+from qvit_jax.quantization import build_plan
+from qvit_jax.quantization.ptq.rows import STEM_ACTS
+from qvit_jax.quantization.spec import QuantSpec, parse_spec
+from qvit_jax.report import rows as report
+from qvit_jax.store import files
+from qvit_jax.store.checkpoint import Checkpoints
+
+# What a run's accuracy does not depend on. Its weights have a digest.
+_INERT_SECTIONS = ('weights', 'checkpoint', 'ptq', 'export', 'log', 'mesh')
+_INERT_FIELDS = (
+  'data.dir', 'data.workers', 'data.resident_mib', 'eval.batch_size',
+)  # fmt: skip
+_RECORD = 'point.json'
+_STEM = 'patch_embed'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training of the curve.
+
+  Attributes:
+    spec: Bits of layers and attention products, 'wXaY'.
+    config: Of --mode=train; what it starts from is not set yet.
+  """
+
+  spec: str
+  config: Any
+
+  @property
+  def name(self) -> str:
+    """Its folder in WORKDIR/qat."""
+    return f'{self.spec}_seed{self.config.seed}'
+
+
+def plan(config: Any) -> list[Run]:
+  """Returns the runs that `ptq.qat_specs` and `ptq.qat_seeds` ask for.
+
+  Args:
+    config: As the user gave it: `train.trainable` not resolved.
+
+  Raises:
+    ConfigError: A spec is unknown, lacks a half or stands there twice, or the
+      config cannot train.
+  """
+  specs = []
+  for text in config.ptq.qat_specs:
+    spec = parse_spec(text, field='ptq.qat_specs')
+    if not (spec.weights and spec.acts):
+      raise ConfigError(
+        f'ptq.qat_specs: {text!r} gives no bits to '
+        f'{"activations" if spec.weights else "weights"}; write wXaY, such as '
+        'w4a4'
+      )
+    if spec in specs:
+      raise ConfigError(
+        f'ptq.qat_specs names {spec} twice; leave one out (for more runs of '
+        'it raise ptq.qat_seeds)'
+      )
+    specs.append(spec)
+  runs = []
+  for spec in specs:
+    own = _training_config(config, spec)
+    for i in range(config.ptq.qat_seeds):
+      runs.append(Run(str(spec), copy.deepcopy(own)))
+      runs[-1].config.seed += i
+  return runs
+
+
+def _training_config(config: Any, spec: QuantSpec) -> Any:
+  own, recipe = copy.deepcopy(config), config.ptq.qat_recipe
+  own.quant.update(recipe=recipe, default=str(spec), attention=f'a{spec.acts}')
+  config_lib.validate(own, mode='train', overrides=())
+  Model(own)  # rules that match nothing; says what 'auto' trains
+  if not any(re.search(pattern, _STEM) for pattern, _ in own.quant.rules):
+    own.quant.rules = (*own.quant.rules, _stem_rule(spec))
+  return own
+
+
+def _stem_rule(spec: QuantSpec) -> tuple[str, str]:
+  """Returns the rule that gives the stem the bits it has in rows of PTQ."""
+  bits = QuantSpec(spec.weights, max(spec.acts or 0, STEM_ACTS))
+  return f'^{_STEM}$', str(bits)
+
+
+def _differences(run: Run) -> list[str]:
+  """Returns layers whose bits differ from those of the row of PTQ."""
+  quant, sites = run.config.quant, models.list_sites(run.config)
+  specs = build_plan(quant, sites).by_path
+  stem = _stem_rule(parse_spec(run.spec, field='ptq.qat_specs'))[1]
+  return [
+    f'{site.path} {specs[site.path]}'
+    for site in sites
+    if site.is_layer
+    and str(specs[site.path]) != (stem if site.path == _STEM else run.spec)
+  ]
+
+
+def measure(
+  runs: Sequence[Run],
+  config: Any,
+  *,
+  params: dict[str, np.ndarray],
+  place: pathlib.Path,
+  train: Callable[[Any, str], None],
+  say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+  """Trains what is not finished yet; returns the point of every run.
+
+  Args:
+    runs: From `plan`.
+    config: Of the table: what it started from is what the runs start from.
+    params: What it started from, by path.
+    place: The table's workdir; runs lie in `place`/qat.
+    train: --mode=train; goes on where its workdir stopped.
+    say: Prints a line.
+
+  Raises:
+    ConfigError: `place`/qat holds a run of other settings or other weights.
+    Preempted: A signal came; the run is saved.
+  """
+  digest = calibration.digest(params)
+  for run in runs:
+    if run.config.seed == config.seed and (found := _differences(run)):
+      say(
+        f'note: {run.spec} is trained with {", ".join(found[:3])}'
+        f'{" ..." if found[3:] else ""} (quant.rules), which the row '
+        f'{run.spec} of PTQ does not have'
+      )
+  records = [_record(place / 'qat' / run.name, run, digest) for run in runs]
+  points = []
+  for index, (run, record) in enumerate(zip(runs, records, strict=True)):
+    here, own = place / 'qat' / run.name, run.config
+    label = f'qat {index + 1}/{len(runs)} {run.spec} seed {own.seed}'
+    before = 'done before, ' if record['point'] else ''
+    if not before:
+      say(label)
+      _set_start(own, config, place)
+      files.open_workdir(str(here))
+      files.write_json(here / _RECORD, record)
+      train(own, str(here))
+      (record['point'],) = given([str(here)])
+      files.write_json(here / _RECORD, record)
+    point = record['point']
+    points.append(point)
+    say(
+      f'{label}: {before}top1 {point["top1_last"]:.4f} at the last evaluation '
+      f'(step {point["step_last"]}), {point["top1_best"]:.4f} at the best'
+    )
+  return points
+
+
+def _set_start(own: Any, config: Any, place: pathlib.Path) -> None:
+  """Names what the table started from, as `subject.start_of_eval` chose it."""
+  has_own = bool(Checkpoints(place / 'checkpoints', writer=False).steps())
+  if config.checkpoint.path or has_own or not config.weights.path:
+    own.checkpoint.path = config.checkpoint.path or str(place)
+    own.weights.path = ''
+  else:
+    own.weights.path = config.weights.path  # with the commit it is pinned to
+
+
+def _record(here: pathlib.Path, run: Run, digest: str) -> dict[str, Any]:
+  """Returns what is known of a run: {'settings', 'weights_digest', 'point'}.
+
+  Raises:
+    ConfigError: The folder's run is another one.
+  """
+  wanted = _settings(config_lib.to_json(run.config))
+  path = here / _RECORD
+  if not path.is_file():
+    return {'settings': wanted, 'weights_digest': digest, 'point': None}
+  advice = 'delete that folder or choose another workdir'
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    there, same = found['settings'], found['weights_digest'] == digest
+    found['point']  # noqa: B018 - a record lacks none of the three
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f'{path} is no record of a run ({type(error).__name__}); {advice}'
+    ) from error
+  for name, value in wanted.items():
+    if there.get(name) != value:
+      raise ConfigError(
+        f'{here} was trained with {name}={there.get(name)!r}, not {value!r}; '
+        f'set it back, {advice}'
+      )
+  if not same:
+    raise ConfigError(f'{here} was trained from other float weights; {advice}')
+  return found
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields that a run's accuracy depends on."""
+  counts = {'ptq.range'} if config['quant']['calibration_path'] else set()
+  return {
+    name: value
+    for name, value in config_lib.flatten(config).items()
+    if name in counts
+    or (name.split('.')[0] not in _INERT_SECTIONS and name not in _INERT_FIELDS)
+  }
+
+
+def _absolute(path: str) -> str:
+  is_local = path and '://' not in path
+  return str(pathlib.Path(path).expanduser().absolute()) if is_local else path
+
+
+def given(paths: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns the points of finished training runs: last and best evaluation.
+
+  A workdir without config.json or metrics.jsonl has none.
+
+  Args:
+    paths: Workdirs whose results.json is that of a quantized training.
+  """
+  points = []
+  for path in paths:
+    place = pathlib.Path(path)
+    try:
+      texts = [
+        (place / name).read_text(encoding='utf-8')
+        for name in ('results.json', 'config.json', 'metrics.jsonl')
+      ]
+    except FileNotFoundError:
+      continue
+    row, config = json.loads(texts[0])['baseline'], json.loads(texts[1])
+    lines = [json.loads(line) for line in texts[2].splitlines()]
+    evaluations = [line for line in lines if line['split'] == 'eval']
+    if not evaluations:
+      continue
+    last = evaluations[-1]
+    best = max(evaluations, key=lambda line: (line['top1'], line['step']))
+    settings, quant = _settings(config), config['quant']
+    along = ['seed', 'quant.default']  # what differs along a curve
+    if quant['default'].endswith(quant['attention']):
+      along.append('quant.attention')
+    for name in along:
+      settings.pop(name)
+    stem = _stem_rule(parse_spec(quant['default'], field='quant.default'))
+    rules = settings['quant.rules']
+    settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
+    # Runs that began with other weights are no seeds of one training.
+    for section in ('weights', 'checkpoint'):
+      settings[f'{section}.path'] = _absolute(config[section]['path'])
+    points.append(
+      {
+        'name': place.name,
+        'spec': quant['default'],
+        'recipe': quant['recipe'],
+        'seed': config['seed'],
+        'settings': report.config_digest(settings)[:8],
+        'weight_bits': row['weight_bits'],
+        'act_bits': row['act_bits'],
+        'top1_last': last['top1'],
+        'step_last': last['step'],
+        'top1_best': best['top1'],
+        'step_best': best['step'],
+      }
+    )
+  return points

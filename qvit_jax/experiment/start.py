@@ -1,0 +1,221 @@
+"""What a training starts from: its checkpoint, a run, weights."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvit_jax import models, tree
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.errors import CheckpointError, ConfigError
+from qvit_jax.experiment import calibration, restore
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import Model
+from qvit_jax.quantization.methods.learned_core import LearnedCore
+from qvit_jax.quantization.methods.packing import unpack
+from qvit_jax.store import adapters, artifacts, checkpoint
+from qvit_jax.training.loop import Progress
+from qvit_jax.training.state import TrainState, join_collections
+
+# A resumed run must not change these; other fields may, and are printed.
+_FIXED = (
+  'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
+  'quant.recipe', 'quant.zero_point', 'quant.irm', 'quant.hadamard',
+)  # fmt: skip
+
+
+def initial_state(
+  experiment: Experiment, own: checkpoint.Checkpoints
+) -> tuple[TrainState, Progress, list[str]]:
+  """Returns the state to start from, its progress, and lines that say whence.
+
+  Tried in this order: (1) the workdir's own newest checkpoint, (2) the
+  variables of `checkpoint.path`, (3) fresh ones, with what fits of
+  `weights.path` in their place.
+
+  Raises:
+    CheckpointError: The checkpoint is damaged or of another model.
+    WeightsError: `weights.path` does not fit the model.
+    QuantError: `quant.calibration_path` is of another model.
+  """
+  latest = own.latest()
+  if latest is not None:
+    return _resume(experiment, own, latest)
+  state, lines = _begin(experiment, own.directory.parent)
+  return state, Progress(), lines
+
+
+def _begin(
+  experiment: Experiment, workdir: pathlib.Path
+) -> tuple[TrainState, list[str]]:
+  """Returns the state before the first update, and lines that say whence."""
+  config = experiment.config
+  if config.checkpoint.path and not experiment.model.frozen:
+    restore.check_one_source(config)
+    return _start_from(experiment, config.checkpoint.path)
+  imported, lines = restore.imported_parameters(experiment, workdir)
+  state, more = _fresh_state(experiment, imported)
+  return state, lines + more
+
+
+def _fresh_state(
+  experiment: Experiment, imported: dict[str, Any]
+) -> tuple[TrainState, list[str]]:
+  """Returns a state with some parameters given, and lines about its steps."""
+  config, key = experiment.config, jax.random.key(experiment.config.seed)
+  is_learned = isinstance(experiment.model.ops.core, LearnedCore)
+  if not (config.quant.calibration_path and is_learned):
+    return experiment.fresh_state(key, imported), []
+  variables = experiment.fresh_variables(key, imported)
+  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+  params = tree.flatten(whole(variables['params']))
+  params = {name: np.asarray(x) for name, x in params.items()}
+  steps, line = calibration.learned_start(experiment, params)
+  flat = tree.flatten(variables) | steps
+  return experiment.state_of(tree.unflatten(flat, variables)), [line]
+
+
+def _start_from(
+  experiment: Experiment, path: str
+) -> tuple[TrainState, list[str]]:
+  """Returns the state of a run that goes on from another one's variables."""
+  if artifacts.is_artifact(path):
+    return _start_from_packed(experiment, path)
+  stored, step = restore.find_checkpoint(path)
+  metadata = stored.metadata(step)
+  if _learned(metadata['arrays']) == _learned(
+    {'variables': tree.flatten(experiment.model.shapes)}
+  ) and _is_same_recipe(experiment.model, metadata):
+    given = experiment.config.quant.calibration_path
+    if given and experiment.model.shapes.keys() != {'params'}:
+      raise ConfigError(
+        f'quant.calibration_path={given!r} would have no effect: '
+        f'checkpoint.path={path!r} brings learned steps; leave it out, or '
+        'start from a float run'
+      )
+    variables, origin = restore.restore_variables(
+      experiment, path, same_plan=False
+    )
+    return experiment.state_of(variables), [f'starting from {origin}']
+  # Steps of other bits or none at all: they are fitted to these parameters.
+  params, lines = restore.parameters_of(experiment, path)
+  state, more = _fresh_state(experiment, params)
+  return state, lines + more
+
+
+def _start_from_packed(
+  experiment: Experiment, path: str
+) -> tuple[TrainState, list[str]]:
+  """Returns the state of a run that goes on from a packed model."""
+  model = experiment.model
+  facts = models.architecture(experiment.config)
+  packed = artifacts.load(pathlib.Path(path), model.plan.sites, facts)
+  found, lines = unpack(packed, model.plan, model.ops)
+  shapes = tree.flatten(model.shapes)
+  found = {
+    name: jnp.asarray(x, jnp.float32).reshape(shapes[name].shape)
+    for name, x in found.items()
+  }
+  params = {n: x for n, x in found.items() if n.startswith('params/')}
+  variables = experiment.fresh_variables(
+    jax.random.key(experiment.config.seed), params
+  )
+  flat = tree.flatten(variables) | {
+    name: experiment.replicate(x)
+    for name, x in found.items()
+    if name not in params
+  }
+  state = experiment.state_of(tree.unflatten(flat, variables))
+  return state, [f'starting from the packed model {path}', *lines]
+
+
+def _learned(arrays: dict[str, Any]) -> set[str]:
+  """Returns the paths of variables that are no parameters."""
+  return {p for p in arrays['variables'] if not p.startswith('params/')}
+
+
+def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
+  if model.shapes.keys() == {'params'}:
+    return True  # nothing depends on bits
+  there = metadata['config']['quant']
+  return metadata['plan'] == model.plan.digest_lines() and all(
+    there.get(name, model.config.quant[name]) == model.config.quant[name]
+    for name in ('recipe', 'irm', 'zero_point', 'hadamard')
+  )
+
+
+def _resume(
+  experiment: Experiment, own: checkpoint.Checkpoints, step: int
+) -> tuple[TrainState, Progress, list[str]]:
+  metadata = own.metadata(step)
+  place = own.directory / str(step)
+  restore.check_same(experiment.model, metadata, place, same_plan=True)
+  restore.check_classes(experiment, metadata['class_names'], place)
+  there = config_lib.flatten(metadata['config'])
+  for section, field in (('weights', 'path'), ('train', 'teacher')):
+    pinned = there.get(f'{section}.{field}', '')
+    if pinned.startswith(f'{experiment.config[section][field]}@'):
+      # Of the commit it started from.
+      experiment.config[section][field] = pinned
+  here = config_lib.flatten(config_lib.to_json(experiment.config))
+  changed = [name for name in here if there.get(name) != here[name]]
+  fixed = _FIXED
+  if 'float16' in (there.get('model.dtype'), here['model.dtype']):
+    fixed += ('model.dtype',)  # its optimizer has a loss scale
+  for name in fixed:
+    if name in changed and name in there:  # not a field newer than the run
+      raise CheckpointError(
+        f'{place} was trained with {name}={there.get(name)!r}, not '
+        f'{here[name]!r}; set it back or choose another workdir'
+      )
+  if experiment.model.frozen and {'lora.name', 'lora.path'} & {*changed}:
+    adapters.check_free(experiment.config, own.directory.parent)
+  lines = [f'resuming at step {step}, digests verified']
+  base: dict[str, Any] = {}
+  if experiment.model.frozen:
+    base, more = restore.base_variables(experiment, own.directory.parent)
+    restore.check_base(experiment, metadata, place)
+    lines += more
+  wanted = experiment.abstract_state()
+  items = own.restore(
+    step,
+    {
+      'variables': experiment.model.kept(wanted.variables),
+      'ema': wanted.ema,
+      'training': {'step': wanted.step, 'opt_state': wanted.opt_state},
+    },
+  )
+  state = TrainState(
+    step=items['training']['step'],
+    variables=join_collections(base, items['variables']),
+    opt_state=items['training']['opt_state'],
+    ema=items.get('ema', {}),
+  )
+  lines += [
+    f'changed since: {name} {there.get(name)!r} -> {here[name]!r}'
+    for name in changed
+  ]
+  if metadata.get('data_digest', '') != experiment.data.digest:
+    lines.append('changed since: the files of the data set')
+  return state, Progress(**metadata['progress']), lines
+
+
+def check_teacher(experiment: Experiment, progress: Progress) -> None:
+  """Checks that a run goes on with its teacher, which `progress` remembers.
+
+  Raises:
+    CheckpointError: The same path holds other weights by now.
+  """
+  before, teacher = progress.teacher, experiment.teacher
+  here = teacher.identity if teacher else {}
+  is_same = before.get('digest') == here.get('digest')
+  if before.get('path') == here.get('path') and not is_same:
+    raise CheckpointError(
+      f'train.teacher={here["path"]!r} has other weights now '
+      f'({here["origin"]}) than when this run began ({before["origin"]}); '
+      'bring them back, choose another workdir, or name the new ones by '
+      'another path, such as RUN/checkpoints/STEP'
+    )
+  progress.teacher = here

@@ -1,0 +1,282 @@
+"""What `--mode=benchmark` times of an experiment and its float twin."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.data.bare_loop import BareLoop
+from qvit_jax.data.batches import StreamedSplit
+from qvit_jax.data.listing import Files
+from qvit_jax.evaluation import timing
+from qvit_jax.experiment import teacher as teacher_lib
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.modes import session
+from qvit_jax.modes.session import say
+from qvit_jax.quantization import RECIPES
+from qvit_jax.report import rows as report
+from qvit_jax.store import files
+
+# A training step costs a forward pass and two products of the same size
+# backward; a multiply-accumulate is two operations.
+_TRAIN_FLOPS_PER_MAC = 6
+_INFERENCE_FLOPS_PER_MAC = 2
+_LOADED = 4096  # images of one timed turn of the loader
+
+
+# Rounds of a benchmark: enough for percentiles, a minute or two for small
+# models on a CPU.
+_ROUNDS = 15
+_LOADER_ROUNDS = 5  # of some seconds each
+
+
+class _Stepper:
+  """A train step that carries its own state from call to call."""
+
+  def __init__(self, experiment: Experiment):
+    source = experiment.replicate(experiment.data.train.source)
+    self._batches = experiment.train_batches(1, 10**9)
+    self._fixed = next(self._batches)
+    key = jax.random.key(experiment.config.seed)
+    state = experiment.fresh_state(key)
+    self.compiled, self.compile_seconds = experiment.compile_train_step(
+      state, source, self._fixed
+    )
+    self._state, self._source = state, source
+    self._given = experiment.given
+
+  def fixed(self) -> jax.Array:
+    """Steps on one batch that is on the device already."""
+    return self._step(self._fixed)
+
+  def loaded(self) -> jax.Array:
+    """Steps on the next batch of the data set."""
+    return self._step(next(self._batches))
+
+  def _step(self, batch) -> jax.Array:
+    self._state, tick = self.compiled(
+      self._state, self._source, batch, self._given
+    )
+    return tick
+
+
+def time_training(
+  twins: dict[str, Experiment], *, rounds: int
+) -> dict[str, Any]:
+  """Returns times, ratios, memory and FLOP/s of the train steps.
+
+  Args:
+    twins: 'model' and, if that is quantized, 'float'; 'aqt' beside learned
+      steps.
+    rounds: Timed turns of each candidate.
+  """
+  steppers = {name: _Stepper(twin) for name, twin in twins.items()}
+  calls: dict[str, Callable[[], Any]] = {
+    name: stepper.loaded for name, stepper in steppers.items()
+  }
+  calls['model_fixed_batch'] = steppers['model'].fixed
+  seconds = timing.interleave(calls, rounds=rounds)
+  batch = twins['model'].config.train.batch_size
+  return {
+      'candidates': {
+          name: _candidate(
+              twins['model'], seconds[name], stepper.compiled,
+              stepper.compile_seconds, batch, _TRAIN_FLOPS_PER_MAC,
+          )
+          for name, stepper in steppers.items()
+      },
+      'ratios': _ratios(seconds)
+      | {
+          'data_rate': timing.ratio(
+              seconds['model_fixed_batch'], seconds['model']
+          )
+      },
+      'samples_seconds': seconds,
+  }  # fmt: skip
+
+
+def time_inference(
+  twins: dict[str, Experiment], *, rounds: int
+) -> dict[str, Any]:
+  """Returns the same for a forward pass on one random batch."""
+  experiment = twins['model']
+  batch, size = (
+    experiment.config.eval.batch_size,
+    experiment.config.model.image_size,
+  )
+  key = jax.random.key(0)
+  variables = {
+    name: twin.fresh_variables(key, {}) for name, twin in twins.items()
+  }
+  images = jax.device_put(
+    jax.random.normal(jax.random.key(1), (batch, size, size, 3), jnp.float32),
+    experiment.batch_sharding,
+  )
+  compiled, compile_seconds = {}, {}
+  for name, twin in twins.items():
+    forward = jax.jit(twin.model.module.apply)
+    compiled[name], compile_seconds[name] = timing.compile_timed(
+      forward, variables[name], images
+    )
+  calls = {
+    name: (lambda name=name: compiled[name](variables[name], images))
+    for name in twins
+  }
+  seconds = timing.interleave(calls, rounds=rounds)
+  return {
+      'candidates': {
+          name: _candidate(
+              experiment, seconds[name], compiled[name], compile_seconds[name],
+              batch, _INFERENCE_FLOPS_PER_MAC,
+          )
+          for name in twins
+      },
+      'ratios': _ratios(seconds),
+      'samples_seconds': seconds,
+  }  # fmt: skip
+
+
+def time_loader(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
+  """Returns images/s of the loader and of a bare decoding loop in turns.
+
+  {} where no files are read. No image goes to a device.
+
+  Args:
+    experiment: With a training split.
+    rounds: Timed turns of each.
+  """
+  split = experiment.data.train
+  if not isinstance(split, StreamedSplit) or not isinstance(
+    split.records, Files
+  ):
+    return {}
+  batch = experiment.config.train.batch_size
+  steps = max(1, -(-_LOADED // batch))
+  batches = split.train_batches(
+      seed=experiment.config.seed, batch=batch, rows=slice(0, batch),
+      first=1, last=10**6,
+  )  # fmt: skip
+  # What workers have ready when their turn comes does not count.
+  ready = 2 * max(split.workers, 4)
+  paths = [split.records[i % split.size][0] for i in range(steps * batch)]
+  rates: dict[str, list[float]] = {'loader': [], 'bare': []}
+  with BareLoop() as bare:
+    for _ in range(rounds):
+      for _ in range(ready):
+        next(batches)
+      started = time.perf_counter()
+      for _ in range(steps):
+        next(batches)
+      rates['loader'].append(steps * batch / (time.perf_counter() - started))
+      rates['bare'].append(len(paths) / bare.seconds(paths))
+    cores = bare.cores
+  return {
+    'workers': split.workers,
+    'cores': cores,
+    'images_per_second': timing.spread(rates['loader']),
+    'bare_images_per_second': timing.spread(rates['bare']),
+    'ratio': timing.ratio(rates['loader'], rates['bare']),
+  }
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
+  if 'float' not in seconds:
+    return {}
+  return {
+    f'{name}_to_float': timing.ratio(seconds[name], seconds['float'])
+    for name in ('model', 'aqt')
+    if name in seconds
+  }
+
+
+def _candidate(
+  experiment, seconds, compiled, compile_seconds, batch, flops_per_mac
+) -> dict[str, Any]:
+  spread = timing.spread(seconds)
+  rate = batch / spread['median']
+  flops = experiment.model.plan.macs() * flops_per_mac * rate
+  peak = timing.peak_flops()
+  return {
+    'milliseconds': {k: 1e3 * v for k, v in spread.items()},
+    'images_per_second': rate,
+    'compile_seconds': compile_seconds,
+    'model_flops_per_second': flops,
+    'share_of_bf16_peak': flops / peak if peak else None,
+    'memory_bytes': timing.memory(compiled),
+  }
+
+
+def table(result: dict[str, Any]) -> str:
+  """Returns the numbers of a benchmark as aligned text."""
+  lines = [
+    f'{"":22}{"median ms":>11}{"p10":>10}{"p90":>10}{"images/s":>11}'
+    f'{"compile s":>11}{"GFLOP/s":>10}{"peak MiB":>10}'
+  ]
+  for part in ('train', 'inference'):
+    for name, c in result[part]['candidates'].items():
+      ms, peak = c['milliseconds'], c['memory_bytes']['peak']
+      mib = f'{peak / 2**20:.0f}' if peak is not None else '-'
+      lines.append(
+        f'{part + " " + name:22}{ms["median"]:11.2f}{ms["p10"]:10.2f}'
+        f'{ms["p90"]:10.2f}{c["images_per_second"]:11.1f}'
+        f'{c["compile_seconds"]:11.1f}'
+        f'{c["model_flops_per_second"] / 1e9:10.0f}{mib:>10}'
+      )
+    for name, r in result[part]['ratios'].items():
+      lines.append(
+        f'{part} {name}: {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
+      )
+  if loader := result.get('loader'):
+    r, bare = loader['ratio'], loader['bare_images_per_second']['median']
+    lines.append(
+      f'loader, {loader["workers"]} workers: '
+      f'{loader["images_per_second"]["median"]:.0f} images/s; a bare loop on '
+      f'{loader["cores"]} cores: {bare:.0f}; '
+      f'ratio {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
+    )
+  return '\n'.join(lines)
+
+
+def benchmark(config: Any, workdir: str) -> None:
+  """Times training and inference beside the float twin, and the data path."""
+  with session.opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    session.header('benchmark', experiment, place)
+    session.add_teacher(experiment)
+    twins = {'model': experiment}
+    if config.quant.recipe != 'none' or config.lora.rank:
+      twins['float'] = _twin(experiment, 'none')
+    if 'quant' in RECIPES[config.quant.recipe].collections:
+      twins['aqt'] = _twin(experiment, 'aqt')  # what learned steps cost
+    result = {
+      'environment': report.environment(),
+      'config_digest': report.config_digest(config_lib.to_json(config)),
+      'bits': experiment.model.bits,
+      'rounds': _ROUNDS,
+      'size_bytes': {
+        name: twin.model.size_bytes() for name, twin in twins.items()
+      },
+      'train': time_training(twins, rounds=_ROUNDS),
+      'inference': time_inference(twins, rounds=_ROUNDS),
+      'loader': time_loader(experiment, rounds=_LOADER_ROUNDS),
+    }
+    if jax.process_index() == 0:
+      files.write_json(place / 'benchmark.json', result)
+    say(table(result))
+    say(f'results in {place / "benchmark.json"}')
+
+
+def _twin(experiment: Experiment, recipe: str) -> Experiment:
+  """Returns the same experiment under another recipe, training all it has."""
+  config = copy.deepcopy(experiment.config)
+  config.quant.recipe = recipe
+  config.lora.update(rank=0, targets=())
+  config.train.update(trainable=('auto',), stages=())
+  twin = Experiment(config, training=True, data=experiment.data)
+  if config.train.teacher:  # a twin without it would be no twin
+    twin.teacher = teacher_lib.load_teacher(twin)
+  return twin

@@ -1,0 +1,115 @@
+"""What `--mode=export` writes of parameters in the layout of others."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qvit_jax import models, tree, weights
+from qvit_jax.errors import ConfigError, ExportError
+from qvit_jax.experiment import restore
+from qvit_jax.experiment.model import Model
+from qvit_jax.modes import packing, session
+from qvit_jax.modes.session import say
+from qvit_jax.store import files
+from qvit_jax.store import tensors as tensor_files
+from qvit_jax.store.checkpoint import Checkpoints
+
+
+def write_weights(
+  model: Model, place: pathlib.Path, say: Callable[[str], None]
+) -> None:
+  """Writes WORKDIR/export/model.*, with parity.json beside it.
+
+  Raises:
+    ExportError: There is nothing to export, or not for this model.
+  """
+  config, kind = model.config, model.config.export
+  params, norm_eps = _read(model, place, say)
+  if config.quant.recipe != 'none':
+    say('note: the float parameters are written; this form knows no bits')
+  if model.ops.rectify:
+    say(
+      'note: queries and keys are not rectified there, so it computes '
+      'something else; --config.export.format=packed keeps all'
+    )
+  tensors = weights.translate(tree.nest(params), kind.layout)
+  target = place / 'export' / f'model.{kind.format}'
+  tensor_files.save_tensors(tensors, target, form=kind.format)
+  stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
+  stale.remove(target.name)
+  if kind.layout.startswith('hf'):
+    facts = models.architecture(config)
+    text = weights.hf_config(facts, kind.layout, config.model.num_classes)
+    files.write_text(target.with_name('config.json'), text)
+    stale.remove('config.json')
+  elif weights.LAYOUTS[kind.layout].norm_eps != norm_eps:
+    usual = weights.LAYOUTS[kind.layout].norm_eps
+    say(f'note: build it with LayerNorm epsilon {norm_eps:g}, not {usual:g}')
+  for name in stale:  # of an export in another layout or format
+    target.with_name(name).unlink(missing_ok=True)
+  again, _ = weights.read_weights(str(target), model.shapes['params'])
+  same = all(np.array_equal(again[n], params[n]) for n in params)
+  largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
+  size = target.stat().st_size
+  files.write_json(
+    target.with_name('parity.json'),
+    {'file': target.name, 'layout': kind.layout, 'tensors': len(tensors),
+     'bytes': size, 'reads_back_equal': same, 'largest_difference': largest},
+  )  # fmt: skip
+  read = 'bit for bit' if same else f'within {largest:.2g}'
+  say(
+    f'{len(tensors)} tensors, {size:,} bytes in {target} ({kind.layout} '
+    f'layout); reads back {read}'
+  )
+
+
+def _read(
+  model: Model, place: pathlib.Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], float]:
+  """Returns the parameters by path, and their epsilon of LayerNorm."""
+  config = model.config
+  has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
+  path = config.checkpoint.path or (
+    str(place) if has_own else config.weights.path
+  )
+  if not path:
+    raise ExportError(
+      f'{place} holds no checkpoint to export; train there first, or set '
+      '--config.checkpoint.path= or --config.weights.path='
+    )
+  params, report = weights.read_weights(path, model.shapes['params'])
+  if report.reinitialised:
+    raise ExportError(
+      f'{path} brings no {", ".join(report.reinitialised)}: '
+      f'{next(iter(report.reinitialised.values()))}; train first or give '
+      'model.num_classes the value of these weights'
+    )
+  report.notes += restore.compare_facts(report, config)
+  for line in report.lines():
+    say(f'start     {line}')
+  if has_own and config.weights.path:
+    say('note: there is a checkpoint, so weights.path is not read')
+  there = report.facts.get('norm_eps', config.model.norm_eps)
+  if there != config.model.norm_eps:
+    raise ExportError(
+      f'{path} was trained with norm_eps={there:g}, the model here has '
+      f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
+    )
+  return params, there
+
+
+def export(config: Any, workdir: str) -> None:
+  """Writes a packed model, or float parameters in the layout of others."""
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=export runs in one process; start it once')
+  with session.opened(workdir) as place:
+    model = Model(config)
+    say('mode      export')
+    say(f'model     {model.title}')
+    if config.export.format == 'packed':
+      packing.write_packed(model, place, say)
+    else:
+      write_weights(model, place, say)

@@ -1,0 +1,78 @@
+"""What `--mode=export` writes of a run that learned its bits."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qvit_jax import models, tree
+from qvit_jax.errors import ExportError
+from qvit_jax.experiment import restore
+from qvit_jax.experiment.model import Model
+from qvit_jax.quantization.methods.packing import pack
+from qvit_jax.quantization.packed import Packed
+from qvit_jax.store import artifacts, files
+
+NAME = 'model.packed.safetensors'
+_IMAGES = 32  # random ones, on which logits are compared
+
+
+def write_packed(
+  model: Model, place: pathlib.Path, say: Callable[[str], None]
+) -> None:
+  """Packs a checkpoint into WORKDIR/export, with parity.json beside it.
+
+  Raises:
+    ExportError: The run has no bits.
+    CheckpointError: There is no checkpoint, or one of other bits.
+  """
+  config = model.config
+  if config.quant.recipe == 'none':
+    raise ExportError(
+      "export.format='packed' packs what a quant.recipe trained, but "
+      f'quant.recipe is {config.quant.recipe!r}; set it to that of the run, or '
+      'pack a float run with --mode=ptq'
+    )
+  path = config.checkpoint.path or str(place)
+  variables, origin = restore.read_run(model, path)
+  say(f'start     {origin}')
+  packed = pack(variables, model.plan, model.ops, config.model.dtype)
+  target, facts = place / 'export' / NAME, models.architecture(config)
+  names = restore.read_class_names(path)
+  size = artifacts.save(packed, target, facts, class_names=names)
+  for name in ('model.safetensors', 'model.npz', 'config.json'):
+    target.with_name(name).unlink(missing_ok=True)  # of another export
+  again = artifacts.load(target, model.plan.sites, facts)
+  found = _compare(model, variables, again)
+  full = tree.num_bytes(model.shapes['params'])
+  files.write_json(
+    target.with_name('parity.json'),
+    {'file': NAME, 'bytes': size, 'compression': full / size,
+     'execution': again.execution, 'why': again.why, **found},
+  )  # fmt: skip
+  say(
+    f'{size:,} bytes in {target} ({full / size:.2f}x smaller, '
+    f'{again.execution}); logits of {_IMAGES} random images within '
+    f'{found["largest_difference"]:.2g} of the run, '
+    f'{found["equal_classes"]:.1%} of the classes equal'
+  )
+
+
+def _compare(
+  model: Model, variables: dict[str, Any], packed: Packed
+) -> dict[str, Any]:
+  """Returns how far the packed model is from the trained one."""
+  size = model.config.model.image_size
+  images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
+  nested = tree.nest(variables)
+  there = np.asarray(jax.jit(model.module.apply)(nested, images))
+  module = models.build_model(model.config, packed.ops)
+  here = np.asarray(jax.jit(module.apply)(packed.variables, images))
+  return {
+    'images': _IMAGES,
+    'largest_difference': float(np.abs(here - there).max()),
+    'largest_logit': float(np.abs(there).max()),
+    'equal_classes': float((here.argmax(1) == there.argmax(1)).mean()),
+  }

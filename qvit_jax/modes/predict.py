@@ -1,0 +1,106 @@
+"""What `--mode=predict` says of each image."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import rich.progress
+
+from qvit_jax.data import open_images, preprocess
+from qvit_jax.errors import ConfigError, DivergedError
+from qvit_jax.experiment import subject
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.modes import session
+from qvit_jax.modes.session import say
+from qvit_jax.store import files
+
+
+def answers(
+  experiment: Experiment, variables: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+  """Yields the likeliest classes of each image of the evaluation split.
+
+  Images that cannot be decoded are left out; `data.bad_files` has them.
+
+  Args:
+    experiment: Its evaluation split is `data.open_images`.
+    variables: What to apply, by collection.
+
+  Yields:
+    file (relative to the folder) and classes, likeliest first, each with name,
+    index and probability.
+
+  Raises:
+    DivergedError: A logit is not finite.
+  """
+  config, split = experiment.config, experiment.data.eval
+  data, size = config.data, config.model.image_size
+  count = min(config.eval.top_k, config.model.num_classes)
+
+  def best(variables, images):
+    logits = experiment.model.module.apply(
+      variables, preprocess.prepare_eval(images, data=data, size=size)
+    )
+    return jax.lax.top_k(jax.nn.softmax(logits), count)
+
+  best = jax.jit(best, out_shardings=experiment.whole_sharding)
+  position = 0
+  for batch in experiment.eval_batches():
+    probabilities, indices = jax.device_get(best(variables, batch['image']))
+    if not np.isfinite(probabilities).all():
+      raise DivergedError(
+        'the model gives outputs that are not finite; predict with another '
+        'checkpoint'
+      )
+    for row in np.flatnonzero(np.asarray(batch['mask'])):
+      classes = zip(indices[row], probabilities[row], strict=True)
+      yield {
+        'file': split.records.names[position + row],
+        'classes': [
+          {
+            'name': _name(experiment, int(index)),
+            'index': int(index),
+            'probability': float(probability),
+          }
+          for index, probability in classes
+        ],
+      }
+    position += len(batch['mask'])
+
+
+def _name(experiment: Experiment, index: int) -> str:
+  names = experiment.data.class_names
+  return names[index] if index < len(names) else f'class {index}'
+
+
+def to_text(found: Iterator[dict[str, Any]], total: int) -> tuple[str, int]:
+  """Returns JSON, a line an image, and how many there are; shows a bar."""
+  shown = rich.progress.track(
+      found, 'predict', total=total, disable=not sys.stdout.isatty()
+  )  # fmt: skip
+  lines = [json.dumps(one) for one in shown]
+  return ''.join(line + '\n' for line in lines), len(lines)
+
+
+def predict(config: Any, workdir: str) -> None:
+  """Names the likeliest classes of every image of `eval.images`."""
+  if jax.process_count() > 1:
+    raise ConfigError('--mode=predict runs in one process; start it once')
+  with session.opened(workdir) as place:
+    packed = subject.open_packed(config)
+    names, line = subject.class_names_of_eval(config, place)
+    data = open_images(config, names)
+    experiment = Experiment(config, training=False, data=data, packed=packed)
+    session.header('predict', experiment, place)
+    say(f'classes   {line}')
+    variables, origin = subject.start_of_eval(experiment, place)
+    for line in origin:
+      say(f'start     {line}')
+    found = answers(experiment, variables)
+    text, count = to_text(found, data.eval.size)
+    files.write_text(place / 'predictions.jsonl', text)
+    session.say_bad_files(experiment)
+    say(f'{count:,} images; results in {place / "predictions.jsonl"}')

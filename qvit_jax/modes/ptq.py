@@ -1,0 +1,44 @@
+"""Mode `ptq`: quantizes a trained float model in every way asked for."""
+
+import copy
+import functools
+import pathlib
+from typing import Any
+
+from qvit_jax.experiment import ptq_table, qat_runs
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.modes import session
+from qvit_jax.modes.session import say
+from qvit_jax.modes.train import train
+
+
+def ptq(config: Any, workdir: str) -> None:
+  """Quantizes a trained float model in every way of `ptq.rows`.
+
+  And trains it further at the bits of `ptq.qat_specs`, for the curve.
+  """
+  session.check_float('ptq', config)
+  runs = qat_runs.plan(config)
+  config = copy.deepcopy(config)  # what it resolves is of the float model
+  with session.opened(workdir) as place:
+    experiment = Experiment(config, training=True)
+    session.header('ptq', experiment, place)
+    if runs:
+      say(
+        f'qat       {len(runs)} runs: {", ".join(config.ptq.qat_specs)}, '
+        f'{config.ptq.qat_seeds} seed(s) each, recipe {config.ptq.qat_recipe}, '
+        f'{experiment.schedule_line()}'
+      )
+    params = session.float_params(experiment, place)
+    table = ptq_table.Table(experiment, params, place, say)
+    table.curve = qat_runs.measure(
+        runs, config, params=params, place=place, say=say,
+        train=functools.partial(train, data=experiment.data),
+    )  # fmt: skip
+    own = {(place / 'qat' / run.name).resolve() for run in runs}
+    table.curve += qat_runs.given([  # no run is a seed twice
+        path for path in config.ptq.qat_runs
+        if pathlib.Path(path).resolve() not in own
+    ])  # fmt: skip
+    rows = table.run()
+    say(f'{len(rows)} rows; results in {place / "results.json"}')

@@ -1,0 +1,152 @@
+"""Products with learned steps: the core of recipes lsq, statsq, qvit.
+
+Steps and zero points of an operand lie in the collection `quant` under the
+layer's path: `lhs_step`, `lhs_zero`, `rhs_step`, `rhs_zero` of activations and
+`kernel_step` of a kernel. Applying the model with `quant` mutable fits them to
+the images at hand, layer after layer, each seeing what the rounded ones before
+it give.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qvit_jax.ops import Site, dot_general
+from qvit_jax.quantization import numerics
+from qvit_jax.quantization.hadamard import hadamard_block, turn_blocks
+from qvit_jax.quantization.methods import lsq
+from qvit_jax.quantization.spec import QuantPlan
+
+STEPS = ('per_tensor', 'per_head', 'per_position', 'per_token')
+# Q-ViT clips what a GELU gives (Li et al. 2022, released code).
+GELU_CLIP = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedCore:
+  """Computes each product as its line in the plan says. See `ops.Core`.
+
+  Attributes:
+    plan: Bits; its granularity is one of STEPS.
+    kernels: 'step' (LSQ) or 'statsq'.
+    has_zero: Whether activations learn a zero point (LSQ+).
+    clipped: Layers whose input is clipped to +-GELU_CLIP.
+    turned: Layers whose input and kernel are turned by Hadamard blocks before
+      they are rounded (`hadamard.turn_blocks`).
+  """
+
+  plan: QuantPlan
+  kernels: str = 'step'
+  has_zero: bool = True
+  clipped: tuple[str, ...] = ()
+  turned: tuple[str, ...] = ()
+  is_packed = False
+
+  def block(self, site: Site) -> int:
+    """Returns the channels that are turned together, 0 for none."""
+    if (
+      site.path not in self.turned or self.plan.by_path[site.path].acts is None
+    ):
+      return 0
+    return hadamard_block(site.rhs_shape[0])
+
+  def __call__(self, module, site: Site, lhs, rhs, dims):
+    """See `ops.Core`."""
+    spec = self.plan.by_path[site.path]
+    if site.path in self.clipped:
+      lhs = jnp.clip(lhs, -GELU_CLIP, GELU_CLIP)
+    dtype, block = lhs.dtype, self.block(site)
+    if block:
+      lhs = turn_blocks(lhs.astype(jnp.float32), block)
+      rhs = turn_blocks(rhs.T, block).T
+    ((left,), (right,)), (_, batch) = dims
+    coders, learned = [None, None], [None, None]
+    if spec.acts is not None:
+      sides = [(0, 'lhs', lhs, left, dims[1][0])]
+      if not site.is_layer:
+        sides.append((1, 'rhs', rhs, right, batch))
+      for side, name, x, axis, heads in sides:
+        axes = shared_axes(x.ndim, axis, heads[1:], self.plan.act_granularity)
+        coders[side], learned[side] = self._activation(
+          module, name, x, axes, spec.acts
+        )
+    if site.is_layer and spec.weights is not None:
+      coders[1], learned[1] = self._kernel(module, rhs, spec.weights)
+    if coders == [None, None]:
+      return dot_general(lhs, rhs.astype(lhs.dtype), dims)
+    if coders[1] is None:
+      rhs = rhs.astype(lhs.dtype)
+    product = lsq.Product(dims, *coders, dtype)
+    return lsq.coded_product(product, lhs, rhs, *learned)
+
+  def _activation(self, module, side: str, x, axes, bits: int):
+    """Returns (coder, (step, zero)) of activations."""
+    if self.plan.act_granularity == 'per_token':
+      seen = jax.lax.stop_gradient(x).astype(jnp.float32)
+      low = seen.min(axis=axes, keepdims=True)
+      high = seen.max(axis=axes, keepdims=True)
+      coder = lsq.Coder(bits, method='dynamic')
+      return coder, numerics.scale_of(low, high, bits, symmetric=False)
+    shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
+    count = x.size // x.shape[0] // math.prod(shape)
+    coder = lsq.Coder(bits, has_zero=self.has_zero)
+    share = lsq.gradient_share(count, coder)
+    coder = dataclasses.replace(coder, share=share)
+    step, zero = _variables(
+      module,
+      (f'{side}_step', f'{side}_zero'),
+      shape[1:],  # no axis of the batch
+      lambda: lsq.fit(x, coder, axes, has_zero=self.has_zero),
+    )
+    if not self.has_zero:
+      zero = jax.lax.stop_gradient(zero)
+    return coder, (step, zero)
+
+  def _kernel(self, module, w, bits: int):
+    """Returns (coder, (step, zero) or None) of a kernel [i, o]."""
+    coder = lsq.Coder(bits, method=self.kernels, is_signed=True)
+    if self.kernels != 'step':
+      return coder, None
+    share = lsq.gradient_share(w.shape[0], coder)
+    coder = dataclasses.replace(coder, share=share)
+    (step,) = _variables(
+      module,
+      ('kernel_step',),
+      (w.shape[1],),
+      lambda: lsq.fit(w, coder, (0,), has_zero=False)[:1],
+    )
+    return coder, (step, jnp.zeros_like(step))
+
+
+def shared_axes(
+  ndim: int, contracted: int, heads: tuple[int, ...], steps: str
+) -> tuple[int, ...]:
+  """Returns the axes of activations that share a step.
+
+  Args:
+    ndim: Of the operand.
+    contracted: Over which the product sums; always shared, as is the batch.
+    heads: The axis of heads of an attention product's operand, or none.
+    steps: One of STEPS: one step; one for each head of an attention product;
+      one for each token position (and head, and channel of values); none, but
+      the range of each token of each image (and head, and channel of values).
+  """
+  if steps == 'per_token':
+    return (contracted,)
+  if steps == 'per_position':
+    return (0, contracted)
+  kept = heads if steps == 'per_head' else ()
+  return tuple(i for i in range(ndim) if i not in kept)
+
+
+def _variables(module, names, shape, fit):
+  """Returns float32 variables, fitted now where `quant` is mutable."""
+  shape = tuple(shape)
+  if not module.is_mutable_collection('quant'):
+    return [module.get_variable('quant', name) for name in names]
+  values = [x.reshape(shape).astype(jnp.float32) for x in fit()]
+  for name, value in zip(names, values, strict=True):
+    module.put_variable('quant', name, value)
+  return values

@@ -1,0 +1,1 @@
+"""Post-training quantization: rows, calibration, one file a solver."""

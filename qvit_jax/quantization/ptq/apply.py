@@ -1,0 +1,260 @@
+"""Applies a row to a float model: transform, calibrate, solve, pack.
+
+It is handed parameters and statistics and never runs the model itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qvit_jax import tree
+from qvit_jax.errors import QuantError
+from qvit_jax.ops import FloatCore, Ops, Site, Stream
+from qvit_jax.quantization import hadamard, numerics, qtensor
+from qvit_jax.quantization.integer_core import (
+  MAX_PACKED_BITS,
+  SitePlan,
+)
+from qvit_jax.quantization.packed import Packed, assemble
+from qvit_jax.quantization.ptq import (
+  adaround,
+  gptq,
+  reparametrize,
+  rotate,
+  smooth_quant,
+)
+from qvit_jax.quantization.ptq.calibrate import SiteStats
+from qvit_jax.quantization.ptq.ranges import choose_range
+from qvit_jax.quantization.ptq.rows import STEM_ACTS, Row
+from qvit_jax.quantization.spec import QuantPlan, QuantSpec
+
+
+def transform(
+  row: Row,
+  params: dict[str, np.ndarray],
+  stream: Stream,
+  observe: Callable[[tuple[str, ...], dict], Mapping[str, SiteStats]],
+  *,
+  seed: int,
+) -> dict[str, np.ndarray]:
+  """Returns parameters of the same function that are easier to round.
+
+  Args:
+    row: Its transforms are applied in the order of `rows.TRANSFORMS`.
+    params: Path to float32 array.
+    stream: Who writes to and reads from the residual stream.
+    observe: (transforms so far, parameters so far) -> statistics.
+    seed: Of the rotations.
+  """
+  done: tuple[str, ...] = ()
+  for solver in row.transforms:
+    if solver == 'rotate':
+      params = rotate.turn(rotate.fold_norms(params, stream), stream, seed=seed)
+    else:
+      seen = observe(done, params)
+      layers = {n: s for n, s in seen.items() if s.channel_low is not None}
+      if solver == 'smooth_quant':
+        largest = {
+          n: np.maximum(np.abs(s.channel_low), np.abs(s.channel_high))
+          for n, s in layers.items()
+        }
+        params = smooth_quant.smooth(params, stream, largest)
+      else:
+        ranges = {n: (s.channel_low, s.channel_high) for n, s in layers.items()}
+        params = reparametrize.reparametrize(params, stream, ranges)
+    done = (*done, solver)
+  return params
+
+
+def plan_sites(
+  row: Row,
+  sites: Sequence[Site],
+  params: dict[str, np.ndarray],
+  stream: Stream,
+  chosen: Mapping[str, QuantSpec] | None = None,
+) -> dict[str, SitePlan]:
+  """Returns how each product of a quantized row runs.
+
+  Args:
+    row: What is asked for.
+    sites: All products of the model.
+    params: Float parameters; 'mixed_variance' looks at them.
+    stream: Says which layers `hadamard` can help.
+    chosen: Bits of each site, for 'mixed_sensitivity'.
+  """
+  spread = {
+    s.path: float(params[f'{s.path}/kernel'].var()) for s in sites if s.is_layer
+  }
+  middle = np.median(list(spread.values()))
+  plans = {}
+  for site in sites:
+    weights, acts = row.weights, row.acts if row.attention else None
+    if site.is_layer:
+      acts = row.acts
+    if row.mixed == 'mixed_simple':
+      weights = 4 if site.kind == 'dense' else None
+    elif row.mixed == 'mixed_variance':
+      weights = 4 if spread.get(site.path, np.inf) <= middle else None
+    elif row.mixed:
+      weights, acts = chosen[site.path].weights, chosen[site.path].acts
+    if acts and site.kind == 'conv':
+      acts = max(acts, STEM_ACTS)
+    block = 0
+    if 'hadamard' in row.solvers and acts and site.path in stream.hidden:
+      block = hadamard.hadamard_block(site.rhs_shape[0])
+    plans[site.path] = SitePlan(
+      weights if site.is_layer else None,
+      acts,
+      is_static=row.is_static and acts is not None,
+      block=block,
+      softmax=row.softmax if site.kind == 'av' and acts else 'uniform',
+    )
+  return plans
+
+
+def apply_row(
+  row: Row,
+  plans: dict[str, SitePlan],
+  params: dict[str, np.ndarray],
+  sites: Sequence[Site],
+  stats: Mapping[str, SiteStats] | None,
+  *,
+  ranges: str = 'mse',
+) -> Packed:
+  """Returns the model as a row wants it.
+
+  Args:
+    row: What to do.
+    plans: Of `plan_sites`; unused by float rows.
+    params: Path to float32 array, transformed for the row.
+    sites: All products of the model.
+    stats: What calibration saw of these parameters; None where the row needs
+      nothing of it.
+    ranges: Of `ranges.RANGES`, for static activations.
+
+  Raises:
+    QuantError: Bits that cannot be packed; the site is named.
+  """
+  if row.is_float:
+    return _float_row(row, params, sites)
+  rest = dict(params)
+  quant: dict[str, Any] = {}
+  for site in sites:
+    plan = plans[site.path]
+    if site.is_layer:
+      kernel = rest.pop(f'{site.path}/kernel').reshape(site.rhs_shape)
+      packed, correction = _pack(row, site, plan, jnp.asarray(kernel), stats)
+      quant[f'{site.path}/kernel'] = packed
+      if correction is not None:
+        bias = rest[f'{site.path}/bias']
+        rest[f'{site.path}/bias'] = bias + correction.reshape(bias.shape)
+    if plan.is_static:
+      quant |= _static_scales(row, site, plan, stats, ranges)
+  if row.dtype != 'float32':
+    rest = {n: jnp.asarray(x).astype(row.dtype) for n, x in rest.items()}
+  granularity = 'per_tensor' if row.is_static else 'per_token'
+  return assemble(rest, quant, plans, sites, row.dtype, granularity)
+
+
+def _float_row(row: Row, params, sites) -> Packed:
+  dtype = jnp.dtype(row.dtype)
+  bits = dtype.itemsize * 8
+  spec = QuantSpec() if bits == 32 else QuantSpec(bits, bits)
+  cast = {n: jnp.asarray(x).astype(dtype) for n, x in params.items()}
+  return Packed(
+    {'params': tree.nest(cast)},
+    Ops(core=FloatCore()),
+    row.dtype,
+    QuantPlan(tuple(sites), (spec,) * len(sites), 'per_token'),
+    'float',
+    'a float row',
+  )
+
+
+def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
+  """Returns (QTensor, or a float matrix; change of the bias or None)."""
+  bits = plan.weights
+  if bits is None:
+    return w.astype(jnp.dtype(row.dtype)), None
+  hessian = None
+  if row.needs_hessians:
+    hessian = jnp.asarray(stats[site.path].hessian)
+  mean = stats[site.path].mean if 'bias_correction' in row.solvers else None
+  if plan.block:
+    w = hadamard.turn_blocks(w.T, plan.block).T
+    if hessian is not None:
+      half = hadamard.turn_blocks(hessian, plan.block)
+      hessian = hadamard.turn_blocks(half.T, plan.block)
+    if mean is not None:
+      mean = np.asarray(hadamard.turn_blocks(jnp.asarray(mean), plan.block))
+  try:
+    packed = round_kernel(row, w, hessian, bits)
+  except QuantError as error:
+    raise QuantError(f'{site.path}: {error}') from error
+  if mean is None:
+    return packed, None
+  near = (
+    qtensor.dequantize(packed)
+    if isinstance(packed, qtensor.QTensor)
+    else packed
+  )
+  return packed, np.asarray(mean @ (w - near))
+
+
+def round_kernel(row: Row, w, hessian, bits: int):
+  """Returns a QTensor, or above 8 bits a float matrix on the grid.
+
+  Args:
+    row: Its solvers and its group.
+    w: Kernel [i, o].
+    hessian: X^T X of its inputs [i, i], where the row needs one.
+    bits: Of a code.
+  """
+  if row.needs_hessians:
+    scale = qtensor.group_scales(w, bits, group=row.group)
+    full = qtensor.spread_scales(scale, w.shape[0], row.group)
+    solve = (
+      gptq.round_by_outputs
+      if 'gptq' in row.solvers
+      else adaround.round_by_reconstruction
+    )
+    codes = solve(w, hessian, full, bits=bits)
+    if bits > MAX_PACKED_BITS:
+      return codes * full
+    return qtensor.from_codes(codes, scale, bits, group=row.group)
+  if bits > MAX_PACKED_BITS:
+    scale = numerics.search_scale(w, bits, steps=1)  # the widest
+    zero = jnp.zeros_like(scale)
+    return numerics.round_to_grid(w, scale, zero, bits, symmetric=True)
+  return qtensor.quantize(w, bits, group=row.group, search=not row.is_plain)
+
+
+def _static_scales(row: Row, site: Site, plan: SitePlan, stats, ranges: str):
+  """Returns the collection's entries of a calibrated site."""
+  entries = {}
+  for side, operand in static_operands(site, plan, stats[site.path]).items():
+    low, high = row_range(row, plan, operand, ranges)
+    scale, zero = numerics.scale_of(
+      jnp.asarray(low), jnp.asarray(high), plan.acts, symmetric=False
+    )
+    entries[f'{site.path}/{side}_scale'] = scale
+    entries[f'{site.path}/{side}_zero'] = zero
+  return entries
+
+
+def static_operands(site: Site, plan: SitePlan, stats: SiteStats):
+  """Returns {side: statistics} of the operands with calibrated scales."""
+  if site.is_layer:
+    return {'lhs': stats.lhs}
+  if plan.softmax != 'uniform':  # whose codes find their range by themselves
+    return {'rhs': stats.rhs}
+  return {'lhs': stats.lhs, 'rhs': stats.rhs}
+
+
+def row_range(row: Row, plan: SitePlan, operand, ranges: str):
+  """Returns the (low, high) that a static row gives an operand's codes."""
+  if row.clip is not None:
+    return choose_range(operand, plan.acts, 'percentile', kept=row.clip)
+  return choose_range(operand, plan.acts, ranges)

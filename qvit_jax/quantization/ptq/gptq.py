@@ -1,0 +1,89 @@
+"""Rounds a kernel so that its outputs, not its weights, stay.
+
+Source: Frantar et al. 2022, GPTQ, arXiv:2210.17323, algorithm 1. Inputs are
+taken in descending order of their energy, H's diagonal ("act-order" of the
+authors' code).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qvit_jax.quantization import numerics
+
+
+@functools.partial(jax.jit, static_argnames=('bits', 'block'))
+def round_by_outputs(
+  w: Float[Array, 'i o'],
+  hessian: Float[Array, 'i i'],
+  scale: Float[Array, 'i o'],
+  *,
+  bits: int,
+  damping: float = 0.01,
+  block: int = 128,
+) -> Float[Array, 'i o']:
+  """Returns symmetric codes whose product with the inputs is near x . w.
+
+  Args:
+    w: Kernel.
+    hessian: X^T X of the layer's inputs; any positive multiple will do.
+    scale: Distance of two levels of every weight, fixed beforehand.
+    bits: Of a code.
+    damping: Share of the mean diagonal that is added to the diagonal.
+    block: Input channels between two updates of the remaining kernel.
+
+  Returns:
+    Whole floats from -m to m, m = 2**(bits-1) - 1.
+  """
+  size, width = w.shape
+  mean = jnp.mean(jnp.diagonal(hessian))
+  dead = jnp.diagonal(hessian) <= 0  # inputs that were never anything but 0
+  hessian = hessian + jnp.diag(jnp.where(dead, mean, damping * mean) + 1e-20)
+  order = jnp.argsort(-jnp.diagonal(hessian))
+  w, scale = w[order], scale[order]
+  hessian = hessian[order][:, order]
+  # Rows of the upper factor of H^-1 are what the algorithm needs.
+  lower = jnp.linalg.cholesky(hessian)
+  inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(size))
+  upper = jnp.linalg.cholesky(inverse).T  # H^-1 = upper^T . upper
+  block = min(block, size)
+  pad = -size % block
+  upper = jnp.pad(upper, ((0, pad), (0, pad)))
+  upper = upper + jnp.diag(jnp.arange(size + pad) >= size)
+  w = jnp.pad(w, ((0, pad), (0, 0)))
+  scale = jnp.pad(scale, ((0, pad), (0, 0)), constant_values=1)
+
+  def one_block(start, carry):
+    w, codes = carry
+    at = start * block
+    part = jax.lax.dynamic_slice(w, (at, 0), (block, width))
+    steps = jax.lax.dynamic_slice(scale, (at, 0), (block, width))
+    factor = jax.lax.dynamic_slice(upper, (at, at), (block, block))
+
+    def one_row(i, inner):
+      part, done, errors = inner
+      row = part[i]
+      code = numerics.to_codes(
+        row, steps[i], jnp.zeros_like(row), bits, symmetric=True
+      )
+      error = (row - code * steps[i]) / factor[i, i]
+      # Rows after i take over what rounding row i has changed.
+      later = jnp.arange(block) > i
+      part = part - jnp.where(later, factor[i], 0)[:, None] * error[None]
+      return part, done.at[i].set(code), errors.at[i].set(error)
+
+    zeros = jnp.zeros((block, width), w.dtype)
+    part, done, errors = jax.lax.fori_loop(
+      0, block, one_row, (part, zeros, zeros)
+    )
+    rows = jax.lax.dynamic_slice(upper, (at, 0), (block, size + pad))
+    after = jnp.arange(size + pad) >= at + block
+    w = w - jnp.where(after, rows, 0).T @ errors
+    return w, jax.lax.dynamic_update_slice(codes, done, (at, 0))
+
+  _, codes = jax.lax.fori_loop(
+    0, (size + pad) // block, one_block, (w, jnp.zeros_like(w))
+  )
+  return jnp.zeros((size, width), w.dtype).at[order].set(codes[:size])

@@ -1,0 +1,249 @@
+"""The rows of a PTQ table, by name."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+
+from qvit_jax.errors import ConfigError, QuantError
+from qvit_jax.ops import Site
+
+UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+STEM_ACTS = 8  # bits at least: pixels do not survive fewer
+# A row applies its solvers in this order. The first change the float model but
+# not its function, then kernels are rounded, then what stays float is fitted.
+TRANSFORMS = ('rotate', 'smooth_quant', 'reparametrize')
+ROUNDINGS = ('gptq', 'adaround')
+SOFTMAX = ('log2_softmax', 'twin_softmax')
+SOLVERS = (
+  *TRANSFORMS, 'hadamard', *ROUNDINGS, *SOFTMAX, 'bias_correction', 'tune',
+)  # fmt: skip
+MIXED = ('mixed_simple', 'mixed_variance', 'mixed_sensitivity')
+_FLOAT = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
+_CLIPS = ('99.9', '99', '95')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What one line of the table does to the model.
+
+  Attributes:
+    name: As asked for.
+    dtype: Of a float row's arrays, and of what a quantized row leaves in float.
+    weights: Bits of the kernels; None: float, or chosen for each site.
+    acts: Bits of the activations; None: float, or chosen for each site.
+    is_static: Whether activation scales are calibrated; else dynamic.
+    clip: Percent of the activations that static scales cover; None: the range
+      of `ptq.range`.
+    group: Input channels that share a weight scale; 0: all.
+    attention: Whether attention products are quantized too.
+    mixed: One of MIXED where bits differ from site to site, else ''.
+    is_plain: Whether weight scales just cover the largest weight; else they are
+      searched for the least squared error.
+    solvers: In the order of SOLVERS.
+  """
+
+  name: str
+  dtype: str = 'float32'
+  weights: int | None = None
+  acts: int | None = None
+  is_static: bool = False
+  clip: float | None = None
+  group: int = 0
+  attention: bool = False
+  mixed: str = ''
+  is_plain: bool = False
+  solvers: tuple[str, ...] = ()
+
+  @property
+  def is_float(self) -> bool:
+    """Whether nothing is quantized."""
+    return self.weights is None and self.acts is None and not self.mixed
+
+  @property
+  def transforms(self) -> tuple[str, ...]:
+    """Solvers that change the float model before anything is rounded."""
+    return tuple(s for s in self.solvers if s in TRANSFORMS)
+
+  @property
+  def needs_hessians(self) -> bool:
+    """Whether kernels are rounded by what their inputs look like."""
+    return bool(set(ROUNDINGS) & set(self.solvers))
+
+  @property
+  def needs_calibration(self) -> bool:
+    """Whether packing the row reads statistics."""
+    wanted = {*ROUNDINGS, 'bias_correction'}
+    return self.is_static or bool(wanted & set(self.solvers))
+
+  @property
+  def softmax(self) -> str:
+    """Which codes attention weights get: 'uniform', 'log2' or 'twin'."""
+    for solver in SOFTMAX:
+      if solver in self.solvers:
+        return solver.removesuffix('_softmax')
+    return 'uniform'
+
+  @property
+  def method(self) -> str:
+    """One phrase for the report."""
+    if self.is_float:
+      return self.dtype
+    if self.mixed == 'mixed_simple':
+      parts = ['linear kernels 4 bit, the rest bfloat16']
+    elif self.mixed == 'mixed_variance':
+      parts = ['kernels of low variance 4 bit, the rest bfloat16']
+    elif self.mixed:
+      parts = ['bits by sensitivity under a budget', 'dynamic per token']
+    elif self.acts:
+      parts = ['static' if self.is_static else 'dynamic per token']
+    else:
+      parts = ['weights only']
+    if self.clip is not None:
+      parts.append(f'clipped to {self.clip:g} % of the values')
+    if self.group:
+      parts.append(f'groups of {self.group}')
+    if self.acts and self.acts < STEM_ACTS:
+      parts.append(f'stem activations {STEM_ACTS} bit')
+    parts += ['plain min-max'] if self.is_plain else self.solvers
+    return ', '.join(parts)
+
+
+def parse_row(text: str) -> Row:
+  """Returns the row that a name of `ptq.rows` stands for.
+
+  `w4a4+gptq` replaces the solvers that a row has by default; `w4a4+plain` has
+  none and scales that cover the largest weight.
+
+  Raises:
+    ConfigError: An unknown row or solver; the nearest is named.
+  """
+  base, *asked = text.split('+')
+  row = _base(base, text)
+  if not asked:
+    return dataclasses.replace(row, name=text)
+  if asked == ['plain']:
+    return dataclasses.replace(row, name=text, solvers=(), is_plain=True)
+  for solver in asked:
+    if solver not in SOLVERS:
+      near = difflib.get_close_matches(solver, SOLVERS, 1, 0.0)[0]
+      raise ConfigError(
+        f'ptq.rows: {text!r} has the unknown solver {solver!r}; the nearest is '
+        f'{near!r} (all: {", ".join(SOLVERS)}, or plain)'
+      )
+  _check_solvers(row, set(asked), text)
+  ordered = tuple(s for s in SOLVERS if s in asked)
+  return dataclasses.replace(row, name=text, solvers=ordered)
+
+
+def _check_solvers(row: Row, asked: set[str], text: str) -> None:
+  """Refuses solvers that would do nothing in this row."""
+  acts = row.acts or row.mixed == 'mixed_sensitivity'
+  for wrong, why in (
+    (row.is_float, 'is in float, which solvers do not change; leave '
+                   f'{"+".join(sorted(asked))} out'),
+    (row.is_static and 'hadamard' in asked,
+     'has ranges of inputs before hadamard turns them; leave it out, or use '
+     'dynamic scales'),
+    (set(ROUNDINGS) <= asked, 'rounds kernels twice; leave gptq or adaround '
+                              'out'),
+    (set(SOFTMAX) <= asked, 'has two kinds of softmax codes; leave one out'),
+    (asked & set(SOFTMAX) and not row.attention,
+     'leaves attention products in float; leave the softmax codes out'),
+    (not acts and asked & {'smooth_quant', 'reparametrize', 'hadamard'},
+     'leaves activations in float, which smooth_quant, reparametrize and '
+     'hadamard are for; leave them out'),
+  ):  # fmt: skip
+    if wrong:
+      raise ConfigError(f'ptq.rows: {text!r} {why}')
+
+
+def _solvers(weights: int, acts: int) -> tuple[str, ...]:
+  """Returns the best composition measured for the bits; docs/results.md."""
+  if min(weights, acts) >= 8:
+    return ()
+  return ('rotate', 'hadamard', 'gptq') if acts <= 5 else ('rotate', 'gptq')
+
+
+def _named_rows() -> dict[str, Row]:
+  rows = {name: Row(name, dtype=dtype) for name, dtype in _FLOAT.items()}
+  static = {'is_static': True, 'attention': True}
+  rows |= {
+    'int8_dynamic': Row('int8_dynamic', weights=8, acts=8, attention=True),
+    'int8_static': Row('int8_static', weights=8, acts=8, **static),
+    'int8_weight_only': Row('int8_weight_only', weights=8),
+    'int4_weight_only': Row('int4_weight_only', weights=4, solvers=('gptq',)),
+  }
+  for group in (32, 64, 128):
+    name = f'int4_weight_only_g{group}'
+    rows[name] = Row(name, weights=4, group=group, solvers=('gptq',))
+  for name in MIXED:
+    solvers = ('rotate', 'gptq') if name == 'mixed_sensitivity' else ('gptq',)
+    rows[name] = Row(
+      name,
+      dtype='float32' if name == 'mixed_sensitivity' else 'bfloat16',
+      attention=name == 'mixed_sensitivity',
+      mixed=name,
+      solvers=solvers,
+    )
+  for bits in (8, 4):
+    for clip in _CLIPS:
+      name = f'int{bits}_clip_{clip}'
+      rows[name] = Row(
+        name, weights=bits, acts=bits, clip=float(clip), **static
+      )
+  return rows
+
+
+_NAMED = _named_rows()
+
+
+def _base(base: str, text: str) -> Row:
+  if base in _NAMED:
+    return _NAMED[base]
+  found = re.fullmatch(r'w(\d+)a(\d+)', base)
+  if found:
+    weights, acts = map(int, found.groups())
+    if weights in UNIFORM_BITS and acts in UNIFORM_BITS:
+      return Row(
+        base,
+        weights=weights,
+        acts=acts,
+        attention=True,
+        solvers=_solvers(weights, acts),
+      )
+    raise ConfigError(
+      f'ptq.rows: {text!r} asks for bits outside '
+      f'{", ".join(map(str, UNIFORM_BITS))}; choose among them'
+    )
+  known = [*_NAMED, 'w8a8', 'w4a8', 'w4a4']
+  near = difflib.get_close_matches(base, known, 1, 0.0)[0]
+  raise ConfigError(
+    f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
+    f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
+  )
+
+
+def check_groups(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
+  """Returns a line for each row whose groups do not divide some layer.
+
+  Raises:
+    QuantError: A layer has fewer inputs than a group.
+  """
+  layers = {s.path: s.rhs_shape[0] for s in sites if s.is_layer}
+  lines = []
+  for row in rows:
+    for path, size in layers.items():
+      if size < row.group:
+        raise QuantError(
+          f'row {row.name!r} shares scales among {row.group} inputs, but '
+          f'{path} has only {size}; take smaller groups or int4_weight_only'
+        )
+    cut = [n for n, size in layers.items() if row.group and size % row.group]
+    if cut:
+      lines.append(
+        f'{row.name}: groups of {row.group} do not divide the inputs of '
+        f'{", ".join(cut[:3])}{" ..." if len(cut) > 3 else ""}; the last group '
+        'there is shorter'
+      )
+  return lines

@@ -1,0 +1,1 @@
+"""What a table of rows looks like: figures, the page, results.json."""

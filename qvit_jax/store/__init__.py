@@ -1,0 +1,1 @@
+"""Our own files: checkpoints, packed models, adapters, workdirs."""

@@ -1,0 +1,60 @@
+"""What --mode=benchmark writes; no time is judged."""
+
+import json
+
+import pytest
+
+from qvit_jax import modes
+from qvit_jax.evaluation import timing
+
+
+def test_spread_gives_median_and_outer_deciles():
+  spread = timing.spread([float(x) for x in range(1, 12)])
+  assert spread == {'median': 6.0, 'p10': 2.0, 'p90': 10.0}
+
+
+def test_ratio_is_formed_round_by_round():
+  ratio = timing.ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0])
+  assert ratio['median'] == 2.0
+  assert ratio['p90'] == pytest.approx(2.8)
+
+
+def test_candidates_take_turns():
+  calls = []
+  timing.interleave(
+    {name: (lambda name=name: calls.append(name)) for name in 'ab'}, rounds=3
+  )
+  assert calls == ['a', 'b'] * 4  # a warm-up call each, then three rounds
+
+
+def test_benchmark_measures_the_model_beside_its_twins(
+  digits_config, tmp_path, capsys
+):
+  digits_config.quant.recipe = 'lsq'
+  modes.run('benchmark', digits_config, str(tmp_path))
+  result = json.loads((tmp_path / 'benchmark.json').read_text())
+  for part in ('train', 'inference'):
+    assert set(result[part]['candidates']) == {'model', 'float', 'aqt'}
+    for candidate in result[part]['candidates'].values():
+      assert candidate['milliseconds']['median'] > 0
+      assert candidate['compile_seconds'] > 0
+      assert candidate['memory_bytes']['peak'] > 0
+      assert candidate['share_of_bf16_peak'] is None  # a CPU's is not known
+    samples = result[part]['samples_seconds']
+    ratio = result[part]['ratios']['model_to_float']
+    assert ratio == timing.ratio(samples['model'], samples['float'])
+    assert len(samples['model']) == result['rounds'] == 15
+  rate = result['train']['candidates']['model']['images_per_second']
+  batch = digits_config.train.batch_size
+  milliseconds = result['train']['candidates']['model']['milliseconds']
+  assert rate == pytest.approx(1e3 * batch / milliseconds['median'])
+  assert result['size_bytes']['model'] < result['size_bytes']['float']
+  printed = capsys.readouterr().out
+  assert 'train model_to_float' in printed and 'train aqt_to_float' in printed
+
+
+def test_benchmark_of_a_float_model_has_no_twin(digits_config, tmp_path):
+  modes.run('benchmark', digits_config, str(tmp_path))
+  result = json.loads((tmp_path / 'benchmark.json').read_text())
+  assert set(result['train']['candidates']) == {'model'}
+  assert set(result['train']['ratios']) == {'data_rate'}
