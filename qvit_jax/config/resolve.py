@@ -6,8 +6,10 @@ Checks that need a model, a mesh or data sit where those are built.
 import copy
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import ml_collections
 
 from qvit_jax.config.fields import LEGAL, NEEDS, UNUSED, UNUSED_TRAINING
 from qvit_jax.errors import ConfigError
@@ -32,6 +34,23 @@ def nearest(name: str, config) -> str:
 def to_json(config) -> dict[str, Any]:
   """Returns the resolved config as JSON values (tuples become lists)."""
   return json.loads(json.dumps(config.to_dict()))
+
+
+def with_fields(config, fields: Mapping[str, Any]):
+  """Returns a copy of a config with other values; the config stays as it is.
+
+  Args:
+    config: A whole config, frozen or not.
+    fields: {'section.field': value}.
+  """
+  own = ml_collections.ConfigDict(config.to_dict())
+  for name, value in fields.items():
+    section, _, field = name.partition('.')
+    if field:
+      own[section][field] = value
+    else:
+      own[section] = value
+  return ml_collections.FrozenConfigDict(own)
 
 
 def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:

@@ -4,14 +4,20 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax.models import vit
+from qvit_jax.models.family import Family
 from qvit_jax.ops import Ops, Site, Stream
 
 __all__ = [
-    'MODELS', 'architecture', 'build_model', 'list_sites', 'stream',
-    'tensor_rules',
+    'FAMILIES', 'Family', 'architecture', 'build_model', 'family', 'list_sites',
+    'stream', 'tensor_rules',
 ]  # fmt: skip
 
-MODELS = {'vit': vit}
+FAMILIES: dict[str, Family] = {'vit': vit.FAMILY}
+
+
+def family(config) -> Family:
+  """Returns the record of the config's kind of model."""
+  return FAMILIES[config.model.name]
 
 
 def build_model(config, ops: Ops = Ops()):  # noqa: B008 - Ops is frozen
@@ -28,17 +34,17 @@ def build_model(config, ops: Ops = Ops()):  # noqa: B008 - Ops is frozen
   Raises:
     ConfigError: The section describes no possible model.
   """
-  return MODELS[config.model.name].from_config(config.model, ops)
+  return family(config).from_config(config.model, ops)
 
 
 def tensor_rules(config) -> tuple[tuple[str, int], ...]:
   """Returns (parameter regex, axis that `mesh.tensor` splits) rules."""
-  return MODELS[config.model.name].TENSOR_RULES
+  return family(config).tensor_rules
 
 
 def stream(config) -> Stream:
   """Returns who writes to and reads from the model's residual stream."""
-  return MODELS[config.model.name].stream(config.model)
+  return family(config).stream(config.model)
 
 
 def list_sites(config) -> list[Site]:
@@ -58,7 +64,7 @@ def architecture(config) -> dict:
   compute dtype and remat may differ.
   """
   model = config.model
-  return MODELS[model.name].resolve_shape(model) | {
+  return family(config).resolve_shape(model) | {
       name: model[name]
       for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
                    'qk_norm', 'norm_eps')

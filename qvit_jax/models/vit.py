@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.errors import ConfigError
+from qvit_jax.models.family import Family
 from qvit_jax.ops import Ops, SiteDense, SiteProduct, Stream
 
 # name: (width, depth, heads, mlp_dim)
@@ -313,3 +314,19 @@ def from_config(model, ops: Ops) -> ViT:
     if field.name not in (*shape, 'dtype')
   }
   return ViT(Options(**shape, **same, dtype=jnp.dtype(model.dtype)), ops)
+
+
+FAMILY = Family(
+  from_config=from_config,
+  resolve_shape=resolve_shape,
+  stream=stream,
+  tensor_rules=TENSOR_RULES,
+  stem='patch_embed',
+  head='head',
+  targets={
+    'attn': r'attn/(query|key|value|out)$',
+    'qv': r'attn/(query|value)$',
+    'mlp': r'mlp/fc[12]$',
+    'all': r'',
+  },
+)
