@@ -574,8 +574,8 @@ common = {'train.teacher': sys.argv[1], 'train.feature_weight': 1.0,
           'quant.dgd': 0.1}
 axes = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
 modes.run('train', make_sharded_config({**common, **axes}), sys.argv[2])
-from qvit_jax import teacher
-from qvit_jax.experiment import Experiment
+from qvit_jax.experiment import teacher
+from qvit_jax.experiment.experiment import Experiment
 experiment = Experiment(make_sharded_config({**common, **axes}), training=True)
 given = teacher.load_teacher(experiment).given['variables']['params']
 kernel = given['encoder']['block_00']['mlp']['fc1']['kernel']

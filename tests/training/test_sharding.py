@@ -159,7 +159,7 @@ for path in ('attn', 'three'):
 print('odd', tuple(places['odd']['kernel'].spec))
 print('bias', tuple(places['bias'].spec))
 print('\\n'.join(notes))
-from qvit_jax.experiment import Experiment
+from qvit_jax.experiment.experiment import Experiment
 config = make_sharded_config({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4})
 state = Experiment(config, training=True).fresh_state(jax.random.key(0))
 block = lambda tree: tree['params']['encoder']['block_00']
