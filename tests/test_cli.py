@@ -217,6 +217,14 @@ def test_a_trained_digits_model_reads_and_says_what_it_did(tmp_path):
   ):  # fmt: skip
     assert part in done.stdout
   assert done.stderr == ''
+  # A file that orbax keeps for itself: it would print what went wrong in each
+  # of its threads, so it does not get to see it.
+  path = tmp_path / 'checkpoints' / '6' / 'variables' / '_sharding'
+  path.write_bytes(path.read_bytes()[:-9])
+  done = run_main(*TINY, f'--workdir={tmp_path}', '--mode=eval')
+  check_mistake(
+    (done.returncode, done.stderr), 'is damaged: variables/_sharding has '
+  )
 
 
 @pytest.mark.parametrize('name', ['cifar100:9.9.9', 'cifar100/nothing'])

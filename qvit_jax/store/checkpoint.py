@@ -3,19 +3,19 @@
 WORKDIR/checkpoints/STEP holds four orbax items: `variables`, `ema`, `training`
 (optimizer and step) and `metadata` (JSON). Orbax writes them under a temporary
 name in the background and renames the directory when all is on disk, so a
-directory with a number is complete.
+directory with a number is complete. `files.json` beside them lists every file.
 
 Orbax notices neither a flipped bit nor that it casts an array to the wanted
-type. So the metadata lists shape, type and a content digest of every array,
-and the config and plan; all are compared before a value is used.
+type. So the files are compared with their list before it opens any; and the
+metadata lists shape, type and a content digest of every array, and the config
+and plan, which are compared before a value is used.
 """
 
 import contextlib
-import hashlib
-import json
+import functools
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,19 +23,15 @@ import orbax.checkpoint as ocp
 
 from qvit_jax import tree
 from qvit_jax.errors import CheckpointError
-from qvit_jax.store import files
+from qvit_jax.store import files, manifest
 from qvit_jax.store.digest import digests
+from qvit_jax.store.entries import printable
 
 FORMAT = 1
 # What a step takes beside its arrays: metadata, indices, empty space.
 _OVERHEAD_BYTES = 2**19
 _ASIDE = '.replaced'
 _TEMPORARY = '.orbax-checkpoint-tmp'  # orbax's own mark
-
-
-def _seal(body: dict[str, Any]) -> str:
-  text = json.dumps(body, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_step(
@@ -74,6 +70,20 @@ def params_items(metadata: dict[str, Any]) -> tuple[str, ...]:
   if not averaged:
     return ('variables',)
   return ('ema',) if averaged == all_ else ('variables', 'ema')
+
+
+class _ListedHandler(ocp.CompositeCheckpointHandler):
+  """Lists the files of a step before it gets its name."""
+
+  def finalize(self, directory) -> None:
+    """Runs in the first process, when all have written."""
+    super().finalize(directory)
+    manifest.write(pathlib.Path(directory))
+
+
+@ocp.args.register_with_handler(_ListedHandler, for_save=True, for_restore=True)
+class _ListedSave(ocp.args.Composite):
+  """The items of a step."""
 
 
 class Checkpoints:
@@ -122,9 +132,7 @@ class Checkpoints:
     """
     path = self.directory / str(step) / 'metadata' / 'metadata'
     try:
-      sealed = json.loads(path.read_text(encoding='utf-8'))
-      body = sealed['body']
-      sound = sealed['sha256'] == _seal(body)
+      body = manifest.unseal(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
       if not (self.directory / str(step)).is_dir():
         raise CheckpointError(
@@ -132,10 +140,8 @@ class Checkpoints:
           f'{", ".join(map(str, self.steps())) or "none"}'
         ) from error
       raise self._damaged(step, f'{path} is missing') from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
       raise self._damaged(step, f'{path}: {_first_line(error)}') from error
-    if not sound:
-      raise self._damaged(step, f'{path} does not match its own digest')
     if body.get('step', step) != step:
       raise self._damaged(step, f'it holds step {body["step"]}')
     if body['format'] > FORMAT:
@@ -178,14 +184,14 @@ class Checkpoints:
       name: ocp.args.StandardSave(tree.nest(tree.flatten(value)))
       for name, value in items.items()
     }
-    sealed = {'body': body, 'sha256': _seal(body)}
+    sealed = manifest.seal(body)
     if step in self.steps() and jax.process_index() == 0:
       self._put_aside(step)
     self._guard(
       'written',
       lambda: self._async().save(
         self.directory / str(step),
-        args=ocp.args.Composite(metadata=ocp.args.JsonSave(sealed), **saves),
+        args=_ListedSave(metadata=ocp.args.JsonSave(sealed), **saves),
       ),
     )
     self._keep = {step} if best_step is None else {step, best_step}
@@ -238,20 +244,12 @@ class Checkpoints:
         f'{"; ".join(lines[:4])}{_more(lines, 4)}; use the config it was '
         'trained with, or another workdir'
       )
-    restores = {
-      name: ocp.args.StandardRestore(tree.nest(tree.flatten(value)))
-      for name, value in wanted.items()
-    }
-    raw = self._guard(
-      'read',
-      lambda: ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
-        self.directory / str(step), args=ocp.args.Composite(**restores)
-      ),
-      step,
-    )
+    self._check_files(step, wanted)
     out = {}
     for name, value in wanted.items():
-      out[name] = tree.unflatten(tree.flatten(raw[name]), value)
+      read = functools.partial(self._read, step, name, value)
+      raw = self._guard('read', read, step)
+      out[name] = tree.unflatten(tree.flatten(raw), value)
       if not verify:
         continue
       bad = [
@@ -265,6 +263,27 @@ class Checkpoints:
           f'{_more(bad, 3)} is not what was saved',
         )
     return out
+
+  def _check_files(self, step: int, items: Iterable[str]) -> None:
+    """Raises CheckpointError where files of items are not what was saved."""
+    place = self.directory / str(step)
+    try:
+      lines = manifest.differences(place, items)
+    except ValueError as error:
+      what = f'{place / manifest.NAME}: {_first_line(error)}'
+      raise self._damaged(step, what) from error
+    except OSError as error:
+      raise self._damaged(step, _first_line(error)) from error
+    if lines:
+      what = printable(f'{"; ".join(lines[:3])}{_more(lines, 3)}')
+      raise self._damaged(step, what)
+
+  def _read(self, step: int, name: str, wanted: Any) -> Any:
+    # Item by item: what orbax keeps of the whole step has no digest.
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
+      self.directory / str(step) / name,
+      args=ocp.args.StandardRestore(tree.nest(tree.flatten(wanted))),
+    )
 
   def _put_aside(self, step: int) -> None:
     # Renamed before it is deleted or replaced, so that a kill leaves either
@@ -294,7 +313,7 @@ class Checkpoints:
 
   def _async(self) -> ocp.AsyncCheckpointer:
     if self._saver is None:
-      self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+      self._saver = ocp.AsyncCheckpointer(_ListedHandler())
     return self._saver
 
   def _check_space(self, items: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qvit_jax.errors import CheckpointError
-from qvit_jax.store import digest
+from qvit_jax.store import digest, manifest
 from qvit_jax.store.checkpoint import Checkpoints, find_step
 from tests.conftest import fill
 
@@ -142,52 +142,116 @@ def damage(path, how):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize('how', ['flip', 'truncate', 'delete', 'empty'])
-def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
-  pristine = saved.directory / '3'
-  found = []
-  for name in files_of(pristine):
-    folder = tmp_path / 'copy' / 'checkpoints'
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    shutil.copytree(pristine, folder / '3')
-    damage(folder / '3' / name, how)
-    try:
-      items = Checkpoints(folder, writer=False).restore(3, shapes_of(state()))
-    except CheckpointError as error:
-      assert f'{folder / "3"}' in str(error)
-      assert '\n' not in str(error)
-      found.append(name)
-    else:  # a file that orbax does not read: the values must be right
-      jax.tree.map(np.testing.assert_array_equal, items, state())
-  data = [n for n in files_of(pristine) if '/d/' in n and 'process' not in n]
-  assert data
-  assert set(data) <= set(found)
-  assert 'metadata/metadata' in found
+@pytest.fixture
+def no_orbax(monkeypatch):
+  """Fails a test whose checkpoint is opened by orbax."""
+
+  def opened(*unused):
+    raise AssertionError('orbax has opened the checkpoint')
+
+  monkeypatch.setattr(Checkpoints, '_read', opened)
 
 
-def test_every_single_flipped_bit_of_the_data_is_found(saved, tmp_path):
-  data = [
-    n for n in files_of(saved.directory / '3') if n.startswith('variables')
-  ]
-  data = [n for n in data if '/d/' in n]
-  random = np.random.default_rng(0)
-  silent = 0
-  for name in data:
-    for _ in range(10):
-      path = saved.directory / '3' / name
-      content = path.read_bytes()
+def folder_of(name):
+  return name.partition('/')[0]
+
+
+def refusal(checkpoints, items=('variables', 'training')):
+  wanted = {name: shapes_of(state())[name] for name in items}
+  with pytest.raises(CheckpointError) as error:
+    checkpoints.restore(3, wanted)
+  text = str(error.value)
+  assert f'{checkpoints.directory / "3"} is damaged: ' in text
+  assert '\n' not in text
+  return text
+
+
+@pytest.mark.parametrize(
+  'how', ['flip', 'truncate', 'delete', 'empty', 'extra', 'dangling']
+)
+def test_damage_to_any_file_of_an_item_is_found_before_orbax_reads(
+  saved, no_orbax, how
+):
+  step = saved.directory / '3'
+  names = [name for name in files_of(step) if folder_of(name) in state()]
+  assert {'_METADATA', '_sharding', 'manifest.ocdbt', 'process_0'} <= {
+    name.split('/')[-1] for name in names
+  }
+  for name in names:
+    path = step / name
+    content, bad = path.read_bytes(), name
+    if how == 'extra':
+      bad = f'{name}.more'
+      (step / bad).write_bytes(b'x')
+    elif how == 'dangling':
+      path.unlink()
+      path.symlink_to('nowhere')
+    else:
+      damage(path, how)
+    assert bad in refusal(saved)
+    (step / f'{name}.more').unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def test_a_flip_in_any_range_of_any_file_is_found_or_harmless(saved, capfd):
+  step = saved.directory / '3'
+  outside = []
+  for name in files_of(step):
+    path = step / name
+    content = path.read_bytes()
+    for position in np.linspace(0, len(content) - 1, 8).astype(int):
       bad = bytearray(content)
-      bad[random.integers(len(bad))] ^= 1 << int(random.integers(8))
+      bad[position] ^= 1 << int(position % 8)
       path.write_bytes(bad)
-      try:
+      if folder_of(name) in (*state(), 'files.json') or name.endswith(
+        'metadata/metadata'
+      ):
+        refusal(saved)
+      else:
+        outside.append(name)
         items = saved.restore(3, shapes_of(state()))
-        kernel = items['variables']['params']['a']['kernel']
-        expected = state()['variables']['params']['a']['kernel']
-        silent += not np.array_equal(kernel, expected)
-      except CheckpointError as error:
-        assert 'damaged' in str(error)  # noqa: PT017
-      path.write_bytes(content)
-  assert silent == 0
+        jax.tree.map(np.testing.assert_array_equal, items, state())
+    path.write_bytes(content)
+  # What orbax keeps of the whole step is not read.
+  assert {*outside} == {
+    '_CHECKPOINT_METADATA', 'commit_success.txt', 'metadata/commit_success.txt'
+  }  # fmt: skip
+  assert capfd.readouterr() == ('', '')
+
+
+def test_items_that_are_not_wanted_are_not_looked_at(saved):
+  damage(next((saved.directory / '3' / 'training' / 'd').iterdir()), 'flip')
+  wanted = {'variables': shapes_of(state())['variables']}
+  restored = saved.restore(3, wanted)['variables']
+  jax.tree.map(np.testing.assert_array_equal, restored, state()['variables'])
+  assert 'training/d/' in refusal(saved)
+
+
+def test_a_checkpoint_without_a_list_has_the_digests_of_its_arrays(saved):
+  (saved.directory / '3' / manifest.NAME).unlink()
+  restored = saved.restore(3, shapes_of(state()))
+  jax.tree.map(np.testing.assert_array_equal, restored, state())
+  metadata = saved.directory / '3' / 'metadata' / 'metadata'
+  body = manifest.unseal(metadata.read_text())
+  body['arrays']['training']['step']['digest'] = '0' * 16
+  metadata.write_text(json.dumps(manifest.seal(body)))
+  assert 'the content of training/step is not what was saved' in refusal(saved)
+
+
+def test_the_list_is_there_when_the_step_gets_its_name(tmp_path, monkeypatch):
+  """A kill between writing and naming leaves neither."""
+  seen = []
+
+  def killed(folder):
+    seen.append(folder.name)
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(manifest, 'write', killed)
+  with pytest.raises(CheckpointError, match='the disk is full'):
+    save(tmp_path)
+  assert seen[0].startswith('3.orbax-checkpoint-tmp')
+  assert Checkpoints(tmp_path, writer=True).steps() == []
 
 
 def test_tampered_metadata_is_found(saved):
