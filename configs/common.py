@@ -28,8 +28,12 @@ def get_config():
       image_size=224,  # Side of the square input in pixels; >= 1.
       num_classes=1000,  # Outputs of the head; >= 2.
       # What the head sees: 'token' (class token) | 'mean' (of the patches;
-      # no class token) | 'token_mean' (both, side by side, as DINOv2).
+      # no class token) | 'patch_mean' (of the patches, beside a class token,
+      # as MAE) | 'token_mean' (token and mean side by side, as DINOv2).
       pool='token',
+      # The last norm stands behind the pooling (MAE's fc_norm); not with
+      # 'token_mean'.
+      norm_after_pool=False,
       # Tokens after the class token that no patch fills: registers, or the
       # distillation token of DeiT; >= 0.
       registers=0,

@@ -116,16 +116,21 @@ def vit(params, images, *, patch, pool, eps=1e-6, keep=None):
   params = _float64(params)
   images = np.asarray(images, np.float64)
   x = embed_patches(images, params['patch_embed'], patch)
-  if pool == 'token':
-    x = np.concatenate([np.repeat(params['cls'], len(x), axis=0), x], axis=1)
+  first = [params[name] for name in ('cls', 'registers') if name in params]
+  num_first = sum(tokens.shape[1] for tokens in first)
+  first = [np.repeat(tokens, len(x), axis=0) for tokens in first]
+  x = np.concatenate([*first, x], axis=1)
   x = x + params['pos_embed']
   encoder = params['encoder']
   depth = sum(name.startswith('block_') for name in encoder)
   for i in range(depth):
     factors = keep[i] if keep else (1.0, 1.0)
     x = block(x, encoder[f'block_{i:02d}'], eps, factors)
-  x = layer_norm(x, encoder['norm'], eps)
-  x = x[:, 0] if pool == 'token' else x.mean(axis=1)
+  if 'norm' in encoder:
+    x = layer_norm(x, encoder['norm'], eps)
+  x = x[:, 0] if pool == 'token' else x[:, num_first:].mean(axis=1)
+  if 'pool_norm' in params:
+    x = layer_norm(x, params['pool_norm'], eps)
   return x @ params['head']['kernel'] + params['head']['bias']
 
 

@@ -68,4 +68,7 @@ def architecture(config) -> dict:
       name: model[name]
       for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
                    'qk_norm', 'norm_eps')
-  } | {'layer_scale': bool(model.layer_scale)}  # fmt: skip
+  } | {'layer_scale': bool(model.layer_scale)} | (
+      # Newer than the first files, which lack it: named where it is on.
+      {'norm_after_pool': True} if model.norm_after_pool else {}
+  )  # fmt: skip

@@ -48,6 +48,7 @@ class Options:
   mlp_dim: int
   num_classes: int
   pool: str = 'token'
+  norm_after_pool: bool = False
   registers: int = 0
   layer_scale: float = 0.0
   qk_norm: bool = False
@@ -177,7 +178,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The stack of blocks and the last norm."""
+  """The stack of blocks and the last norm, if it is not behind the pooling."""
 
   o: Options
   ops: Ops
@@ -186,12 +187,14 @@ class Encoder(nn.Module):
   def __call__(
     self, x: Float[Array, 'b n d'], train: bool
   ) -> Float[Array, 'b n d']:
-    """Returns normalised tokens in float32."""
+    """Returns the tokens in float32."""
     o = self.o
     block = nn.remat(Block, static_argnums=(2,)) if o.remat else Block
     for i in range(o.depth):
       drop_path = o.stochastic_depth * i / max(o.depth - 1, 1)
       x = block(o, self.ops, drop_path, name=f'block_{i:02d}')(x, train)
+    if o.norm_after_pool:
+      return x.astype(jnp.float32)
     return _norm(o, 'norm')(x)
 
 
@@ -225,11 +228,13 @@ class ViT(nn.Module):
     x = x + pos.astype(x.dtype)
     x = nn.Dropout(o.embedding_dropout, deterministic=not train)(x)
     x = Encoder(o, self.ops, name='encoder')(x, train)
-    pools = {'token': x[:, 0], 'mean': x[:, num_first:].mean(axis=1)}
+    token, mean = x[:, 0], x[:, num_first:].mean(axis=1)  # [b, d] each
     if o.pool == 'token_mean':
-      x = jnp.concatenate(list(pools.values()), axis=-1)  # [b, 2 d]
+      x = jnp.concatenate([token, mean], axis=-1)  # [b, 2 d]
     else:
-      x = pools[o.pool]  # [b, d]
+      x = token if o.pool == 'token' else mean
+    if o.norm_after_pool:
+      x = _norm(o, 'pool_norm')(x)
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
@@ -242,8 +247,8 @@ def resolve_shape(model) -> dict[str, int]:
   """Returns patch, width, depth, heads and mlp_dim of `config.model`.
 
   Raises:
-    ConfigError: An unknown size, a patch that does not divide the image, or
-      heads that do not divide the width.
+    ConfigError: An unknown size, a patch that does not divide the image, heads
+      that do not divide the width, or a norm behind a pooling without one.
   """
   shape = dict(
       patch=model.patch, width=model.width, depth=model.depth,
@@ -273,6 +278,12 @@ def resolve_shape(model) -> dict[str, int]:
       f'model.heads={shape["heads"]} does not divide '
       f'model.width={shape["width"]}; choose heads that divide the width'
     )
+  if model.norm_after_pool and model.pool == 'token_mean':
+    raise ConfigError(
+      'model.norm_after_pool=True norms one pooled token, but model.pool='
+      "'token_mean' puts two side by side; set --config.model.pool=patch_mean "
+      'or --config.model.norm_after_pool=False'
+    )
   return shape
 
 
@@ -295,10 +306,12 @@ def stream(model) -> Stream:
       (f'{block}/norm2', (f'{block}/mlp/fc1',)),
     ]
   turned = () if model.qk_norm else blocks
+  # A norm commutes with turning wherever it stands, and so does the mean.
+  last = 'pool_norm' if model.norm_after_pool else 'encoder/norm'
   return Stream(
     tokens=('cls', 'registers', 'pos_embed'),
     writers=tuple(writers),
-    readers=(*readers, ('encoder/norm', ('head',))),
+    readers=(*readers, (last, ('head',))),
     values=tuple((f'{b}/attn/value', f'{b}/attn/out') for b in blocks),
     queries=tuple((f'{b}/attn/query', f'{b}/attn/key') for b in turned),
     hidden=tuple(f'{b}/mlp/fc2' for b in blocks),

@@ -27,7 +27,7 @@ def write_weights(
     ExportError: There is nothing to export, or not for this model.
   """
   config, kind = model.config, model.config.export
-  params, norm_eps = _read(model, place, say)
+  params, facts = _read(model, place, say)
   if config.quant.recipe != 'none':
     say('note: the float parameters are written; this form knows no bits')
   if model.ops.rectify:
@@ -35,19 +35,23 @@ def write_weights(
       'note: queries and keys are not rectified there, so it computes '
       'something else; --config.export.format=packed keeps all'
     )
-  tensors = weights.translate(tree.nest(params), kind.layout)
+  pool, shape = config.model.pool, models.architecture(config)
+  tensors = weights.translate(tree.nest(params), kind.layout, pool)
   target = place / 'export' / f'model.{kind.format}'
   tensor_files.save_tensors(tensors, target, form=kind.format)
   stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
   stale.remove(target.name)
   if kind.layout.startswith('hf'):
-    facts = models.architecture(config)
-    text = weights.hf_config(facts, kind.layout, config.model.num_classes)
+    text = weights.hf_config(
+      shape, kind.layout, config.model.num_classes,
+      class_names=facts.get('class_names', ()),
+      qkv_bias=any('query.bias' in name for name in tensors),
+    )  # fmt: skip
     files.write_text(target.with_name('config.json'), text)
     stale.remove('config.json')
-  elif weights.LAYOUTS[kind.layout].norm_eps != norm_eps:
-    usual = weights.LAYOUTS[kind.layout].norm_eps
-    say(f'note: build it with LayerNorm epsilon {norm_eps:g}, not {usual:g}')
+  else:
+    for line in _how_to_build(kind.layout, shape, tensors, facts['norm_eps']):
+      say(f'note: {line}')
   for name in stale:  # of an export in another layout or format
     target.with_name(name).unlink(missing_ok=True)
   again, _ = weights.read_weights(str(target), model.shapes['params'])
@@ -66,10 +70,27 @@ def write_weights(
   )
 
 
+def _how_to_build(
+  layout: str,
+  shape: dict[str, Any],
+  tensors: dict[str, np.ndarray],
+  norm_eps: float,
+) -> list[str]:
+  """Returns lines on how the layout's library takes the file."""
+  usual, lines = weights.LAYOUTS[layout].norm_eps, []
+  if layout == 'timm':
+    arguments = weights.timm_arguments(shape, tensors).items()
+    text = ', '.join(f'{name}={value!r}' for name, value in arguments)
+    lines.append(f'it fits timm.models.VisionTransformer({text})')
+  if norm_eps != usual:
+    lines.append(f'build it with LayerNorm epsilon {norm_eps:g}, not {usual:g}')
+  return lines
+
+
 def _read(
   model: Model, place: pathlib.Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], float]:
-  """Returns the parameters by path, and their epsilon of LayerNorm."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns the parameters by path, and facts: `norm_eps`, class names."""
   config = model.config
   has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
   path = config.checkpoint.path or (
@@ -98,7 +119,7 @@ def _read(
       f'{path} was trained with norm_eps={there:g}, the model here has '
       f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
     )
-  return params, there
+  return params, {**report.facts, 'norm_eps': there}
 
 
 def export(config: Any, workdir: str) -> None:

@@ -74,8 +74,8 @@ RESIZES = {
 
 
 def resize_positions(
-  grid: Float[np.ndarray, 'n n d'], size: int, method: str
-) -> Float[np.ndarray, 'm m d']:
+  grid: Float[np.ndarray, 'n m d'], size: int, method: str
+) -> Float[np.ndarray, 's s d']:
   """Returns a grid of positions resized to `size` x `size`.
 
   Args:
@@ -83,8 +83,9 @@ def resize_positions(
     size: Patches on a side, wanted.
     method: Key of RESIZES.
   """
-  matrix = RESIZES[method][0](grid.shape[0], size)
-  out = np.einsum('ah,hwd,bw->abd', matrix, grid.astype(np.float64), matrix)
+  matrix = RESIZES[method][0]
+  rows, columns = matrix(grid.shape[0], size), matrix(grid.shape[1], size)
+  out = np.einsum('ah,hwd,bw->abd', rows, grid.astype(np.float64), columns)
   return out.astype(grid.dtype)
 
 

@@ -1,7 +1,6 @@
 """Opens whatever a weights path names: a file or a folder."""
 
 import pathlib
-from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store import tensors
@@ -10,17 +9,16 @@ from qvit_jax.store.entries import (
   Entry,
   Source,
   guarded,
-  parse_json,
   printable,
   refuse,
 )
-from qvit_jax.weights import npz_file, torch_file, zip_file
+from qvit_jax.weights import npz_file, peft, torch_file, zip_file
+from qvit_jax.weights.facts import read_facts, read_json
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 _ENDINGS = ('.safetensors', '.npz', '.pth', '.pt', '.bin')
 _PICKLES = (b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
-_MAX_JSON = 8 * 2**20
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -49,10 +47,11 @@ def open_source(path: pathlib.Path) -> Source:
       f'({", ".join(_ENDINGS)}), a folder of the hub, the workdir of a run, or '
       'hf://OWNER/NAME'
     )
+  if path.name in peft.WEIGHTS:
+    peft.refuse_adapter(path.parent)
   entries, container, notes = _open_file(path)
-  return Source(
-    entries, f'{path} ({container})', _facts(path.parent, path), notes
-  )
+  facts, more = read_facts(path.parent, path)
+  return Source(entries, f'{path} ({container})', facts, notes + more)
 
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, Entry], str, list[str]]:
@@ -107,6 +106,9 @@ def _sniff(path: pathlib.Path) -> str:
 
 def _open_folder(folder: pathlib.Path) -> Source:
   found = [name for name in (*_SINGLE, *_INDEX) if (folder / name).is_file()]
+  adapters = [n for n in (*peft.WEIGHTS, peft.CONFIG) if (folder / n).is_file()]
+  if adapters and not found:
+    peft.refuse_adapter(folder)
   if not found:
     found = sorted(
       p.name for p in folder.iterdir() if p.suffix in _ENDINGS and p.is_file()
@@ -123,18 +125,18 @@ def _open_folder(folder: pathlib.Path) -> Source:
   chosen = min(found, key=lambda name: 'safetensors' not in name)
   path = folder / chosen
   notes = [f'{name} is not read' for name in found if name != chosen]
+  notes += [f'{name}, of a PEFT adapter, is not read' for name in adapters]
   if chosen in _INDEX:
     entries, container, more = _open_shards(path)
   else:
     entries, container, more = _open_file(path)
-  return Source(
-    entries, f'{path} ({container})', _facts(folder, path), notes + more
-  )
+  facts, said = read_facts(folder, path)
+  return Source(entries, f'{path} ({container})', facts, notes + more + said)
 
 
 def _open_shards(index: pathlib.Path):
   """Returns the tensors of all files that an index lists."""
-  listing = _json(index)
+  listing = read_json(index)
   shards = listing.get('weight_map') if isinstance(listing, dict) else None
   if (
     not isinstance(shards, dict)
@@ -160,50 +162,3 @@ def _open_shards(index: pathlib.Path):
     other = min(entries.keys() ^ shards.keys())
     refuse(index, f'it and its files disagree on {other!r}')
   return entries, f'{container}, sharded', notes
-
-
-def _json(path: pathlib.Path) -> Any:
-  if path.stat().st_size > _MAX_JSON:
-    refuse(path, f'it is over {_MAX_JSON:,} bytes long')
-  return guarded(path, lambda: parse_json(path, path.read_bytes()))
-
-
-def _facts(folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
-  """Returns what config.json and preprocessor_config.json say, in our words."""
-  facts: dict[str, Any] = {}
-  if (folder / 'config.json').is_file():
-    config = _json(folder / 'config.json')
-    config = config if isinstance(config, dict) else {}
-    if 'hidden_act' in config and config['hidden_act'] != 'gelu':
-      refuse(
-        path,
-        f'its config.json says hidden_act={config["hidden_act"]!r}; only the '
-        "exact 'gelu' is supported",
-        'choose other weights',
-      )
-    names = {'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads',
-             'image_size': 'image_size', 'patch_size': 'patch'}  # fmt: skip
-    facts = {
-      ours: config[theirs]
-      for theirs, ours in names.items()
-      if isinstance(config.get(theirs), (int, float))
-    }
-    pools = {'token': 'token', 'avg': 'mean'}
-    if config.get('global_pool') in pools:
-      facts['pool'] = pools[config['global_pool']]
-    timm = config.get('pretrained_cfg')
-    if isinstance(timm, dict):
-      facts |= _channels(timm, 'mean', 'std')
-  if (folder / 'preprocessor_config.json').is_file():
-    config = _json(folder / 'preprocessor_config.json')
-    if isinstance(config, dict):
-      facts |= _channels(config, 'image_mean', 'image_std')
-  return facts
-
-
-def _channels(config: dict, *names: str) -> dict[str, Any]:
-  return {
-    ours: config[name]
-    for ours, name in zip(('mean', 'std'), names, strict=True)
-    if isinstance(config.get(name), list) and len(config[name]) == 3
-  }

@@ -5,21 +5,24 @@ a time, so that no second copy of the file lies in memory.
 """
 
 import math
+import re
 from typing import Any, NoReturn
 
 import numpy as np
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import adapt
+from qvit_jax.weights import adapt, positions
 from qvit_jax.weights.keymap import KINDS, Names, collapse
 from qvit_jax.weights.layouts import Row
+from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
 
 _SHOWN = 40  # problems in one message; blocks count once
 # The field that decides whether the model has a parameter.
 _FIELDS = {
     'cls': 'model.pool', 'registers': 'model.registers',
+    'pool_norm': 'model.norm_after_pool',
     'scale1': 'model.layer_scale', 'scale2': 'model.layer_scale',
     'query_norm': 'model.qk_norm', 'key_norm': 'model.qk_norm',
 }  # fmt: skip
@@ -60,6 +63,9 @@ class Import:
     """Returns our path -> array, and the report."""
     if self.names:
       self.report.unused += self.names.ignored + self.names.pre_logits
+      self.report.unused += self.names.outside
+      self._find_zeros()
+      self._find_pool()
     self._compare_structure()
     self._compare_head()
     self._compare_names()
@@ -91,22 +97,42 @@ class Import:
     there = len({p.split('/')[1] for p in self.ours if 'block_' in p})
     if there != depth:
       self.problems.append(f'the depth is {there} there, {depth} here')
-    width = self._shape('encoder/norm/scale')
-    here = self.wanted['encoder/norm/scale'].shape
-    if width is not None and width != here:
-      self.problems.append(
-        f'the width is {math.prod(width)} there, {here[0]} here'
-      )
+    there = self._shape('cls') or self._shape('pos_embed') or ()
+    here = self.wanted['pos_embed'].shape[-1]
+    if len(there) == 3 and there[-1] != here:
+      self.problems.append(f'the width is {there[-1]} there, {here} here')
+
+  def _find_zeros(self) -> None:
+    """Layers that have no bias in any block there get zeros: it is the same.
+
+    Norms without a bias are not: they may be of another kind.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in self.wanted:
+      layer, _, last = name.rpartition('/')
+      if last == 'bias' and f'{layer}/kernel' in self.ours:
+        kinds.setdefault(re.sub(r'block_\d+', '', layer), []).append(name)
+    for names in kinds.values():
+      if not any(name in self.ours for name in names):
+        self.report.zeros |= dict.fromkeys(names, 'the file has no such bias')
+
+  def _find_pool(self) -> None:
+    """What the names tell of the pooling: MAE's norm stands behind a mean."""
+    facts = self.source.facts
+    if 'pool_norm/scale' in self.ours:
+      facts.setdefault('pool', 'mean')
+    if facts.get('pool') == 'mean' and 'cls' in self.ours:
+      facts['pool'] = 'patch_mean'
 
   def _compare_head(self) -> None:
     """A head of other classes, or none, starts fresh."""
     kernel, bias = 'head/kernel', 'head/bias'
     reason = ''
-    there, here = self._shape(bias), self.wanted[bias].shape
+    there, here = self._head_classes(), self.wanted[bias].shape[0]
     if kernel not in self.ours and bias not in self.ours:
       reason = 'the file has none'
     elif there is not None and there != here:
-      reason = f'{math.prod(there)} classes there, {here[0]} here'
+      reason = f'{there} classes there, {here} here'
       for name in (kernel, bias):
         if name in self.ours:
           self._note_shapes(name)
@@ -115,8 +141,17 @@ class Import:
     if reason:
       for name in (kernel, bias):
         self.report.reinitialised[name] = reason
+        self.report.zeros.pop(name, None)
         if name in self.ours:
           self.report.unused.append(self.ours.pop(name)[1])
+
+  def _head_classes(self) -> int | None:
+    """Returns the classes of the file's head; None where no shape tells."""
+    if (shape := self._shape('head/bias')) is not None:
+      return math.prod(shape)
+    if (shape := self._shape('head/kernel')) is None or len(shape) != 2:
+      return None
+    return shape[self.ours['head/kernel'][0].kind == 'same']
 
   def _note_shapes(self, ours: str) -> None:
     self.report.mis_shaped[ours] = (
@@ -127,8 +162,8 @@ class Import:
     if 'cls' in self.ours and 'cls' not in self.wanted:
       # Its position goes with it: `_positions` knows that from the shapes.
       self.report.unused.append(self.ours['cls'][1])
-    fresh = self.report.reinitialised
-    missing = [n for n in self.wanted if n not in self.ours and n not in fresh]
+    known = {*self.ours, *self.report.reinitialised, *self.report.zeros}
+    missing = [name for name in self.wanted if name not in known]
     extra = [n for n in self.ours if n not in self.wanted and n != 'cls']
     self.problems += [
       f'missing {name}{_advice(name)}' for name in collapse(missing)
@@ -165,7 +200,7 @@ class Import:
     for (_, text), theirs in lines.items():
       self.problems += [f'{name}: {text}' for name in collapse(theirs)]
     if 'pos_embed' in self.ours and 'pos_embed' in self.wanted:
-      self._position_slots()
+      self._find_slots()
       width = self.wanted['pos_embed'].shape[-1]
       cls = self._shape('cls')
       if cls not in (None, (1, 1, width)):
@@ -194,31 +229,34 @@ class Import:
       and (there[2] == here[2] or (there[2], here[2]) == (3, 1))
     )
 
-  def _position_slots(self) -> tuple[int, int, str] | None:
-    """Returns (grid side there, slots before the grid, their meaning).
+  def _tokens(self) -> tuple[Tokens, Tokens]:
+    """Returns what stands before the patches there and here."""
+    there = self._shape('registers') or ()
+    here = self.wanted.get('registers')
+    return (
+      Tokens('cls' in self.ours, there[1] if len(there) == 3 else 0),
+      Tokens('cls' in self.wanted, here.shape[1] if here is not None else 0),
+    )
 
-    A file says only how many positions it has. With k tokens before the
-    patches, k of the positions are theirs, or one, or none; what remains has
-    to be a perfect square.
-    """
-    shape = self._shape('pos_embed')
-    registers = self._shape('registers')
-    has_cls = 'cls' in self.ours
-    num_registers = registers[1] if registers and len(registers) == 3 else 0
-    slots = {'all': has_cls + num_registers}
-    if num_registers and self.names:
-      known = {**slots, 'class': int(has_cls), 'grid': 0}
-      slots = {kind: known[kind] for kind in self.names.layout.slots}
-    width = self.wanted['pos_embed'].shape[-1]
+  def _find_slots(self) -> Slots | None:
+    """Returns what the file's positions are of; what fits not is a problem."""
+    shape, width = self._shape('pos_embed'), self.wanted['pos_embed'].shape[-1]
+    there, _ = self._tokens()
+    kinds = self.names.layout.slots if self.names else ('all',)
+    if not there.registers:  # what registers lack is no likelier then
+      kinds = ('all', *(kind for kind in kinds if kind != 'all'))
+    told = positions.grid_of(self.source.facts)
     if len(shape) == 3 and shape[0] == 1 and shape[2] == width:
-      for kind, count in slots.items():
-        side = math.isqrt(max(0, shape[1] - count))
-        if side and side * side + count == shape[1]:
-          return side, count, kind
-    tokens = ' or '.join(sorted({str(n) for n in slots.values()}))
+      slots = positions.find_slots(shape[1], there, kinds, told)
+      if slots is not None:
+        return slots
+    grid = 'square grid'
+    if told and told[0] != told[1]:
+      grid = f'grid of {told[0]} x {told[1]}, which config.json tells,'
     self.problems.append(
       f'{self.ours["pos_embed"][1]} has the shape {list(shape)}, which is no '
-      f'square grid of {width} channels after {tokens} other tokens'
+      f'{grid} of {width} channels after {there.cls + there.registers} other '
+      'tokens'
     )
     return None
 
@@ -246,7 +284,10 @@ class Import:
     if 'pos_embed' in taken:
       taken['pos_embed'] = self._positions(taken['pos_embed'])
     taken.pop('cls', None) if 'cls' not in self.wanted else None
-    self.report.matched += [n for n in taken if n not in self.report.adapted]
+    for name in self.report.zeros:
+      taken[name] = np.zeros(self.wanted[name].shape, np.float32)
+    other = {*self.report.adapted, *self.report.zeros}
+    self.report.matched += [name for name in taken if name not in other]
     return {name: taken[name] for name in self.wanted if name in taken}
 
   def _convert(self, row: Row, ours: str, values: np.ndarray) -> np.ndarray:
@@ -290,35 +331,22 @@ class Import:
 
   def _positions(self, values: np.ndarray) -> np.ndarray:
     """Returns positions for the model's tokens and grid."""
-    side, count, kind = self._position_slots()
-    here = self.wanted['pos_embed'].shape
-    # What stands before the grid here: class token, then registers.
-    has_cls = 'cls' in self.wanted
-    registers = self.wanted.get('registers')
-    num_registers = registers.shape[1] if registers is not None else 0
-    size = math.isqrt(here[1] - has_cls - num_registers)
-    width, done = here[-1], []
-    first, grid = values[0, :count], values[0, count:]
-    cls = first[:1] if kind != 'grid' and 'cls' in self.ours else first[:0]
-    others = first[len(cls) :]
-    if has_cls and not len(cls):
-      cls = np.zeros((1, width), np.float32)
-    if not has_cls and len(cls):
-      cls = cls[:0]
-      done.append('position of the class token dropped')
-    if num_registers and not len(others):
-      others = np.zeros((num_registers, width), np.float32)
-      done.append('registers without positions get zeros')
-    if side != size:
-      method = self._resize_method('registers' in self.ours)
-      grid = adapt.resize_positions(
-        grid.reshape(side, side, width), size, method
-      ).reshape(size * size, width)
-      text = adapt.RESIZES[method][1]
-      done.append(f'grid {side} x {side} -> {size} x {size} ({text})')
+    there, here = self._tokens()
+    count = self.wanted['pos_embed'].shape[1] - here.cls - here.registers
+    slots = self._find_slots()
+    values, done = positions.fit_positions(
+      values, slots, there, here, size=math.isqrt(count),
+      method=self._resize_method(there.registers > 0),
+    )  # fmt: skip
     if done:
-      self._note_adapted('pos_embed', ', '.join(done), values.shape)
-    return np.concatenate([cls, others, grid])[None]
+      self._note_adapted('pos_embed', ', '.join(done), self._shape('pos_embed'))
+    told = positions.grid_of(self.source.facts)
+    if told and slots.grid != told:
+      self.report.notes.append(
+        f'config.json tells {told[0]} x {told[1]} patches, the file has '
+        '{} x {}, which counts'.format(*slots.grid)
+      )
+    return values
 
 
 def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:

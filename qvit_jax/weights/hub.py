@@ -11,7 +11,9 @@ from qvit_jax.store import files
 PREFIX = 'hf://'
 _SAFE = ('*.safetensors', '*.safetensors.index.json')
 _PICKLED = ('pytorch_model*.bin', 'pytorch_model.bin.index.json')
-_CONFIGS = ('config.json', 'preprocessor_config.json')
+_CONFIGS = (
+  'config.json', 'preprocessor_config.json', 'adapter_config.json',
+)  # fmt: skip
 _TIMEOUT = 10.0  # seconds, for the question whether the hub is there
 
 

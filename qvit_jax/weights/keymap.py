@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from qvit_jax.errors import WeightsError
+from qvit_jax.weights.averaged import averaged
 from qvit_jax.weights.layouts import LAYOUTS, KeyMap, Row
 
 Shape = tuple[int, ...]
+_MOST_STARTS = 8  # models in one file that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,20 @@ KINDS = {
 class Names:
   """The tensor names of one file, read as one layout."""
 
-  def __init__(self, key: str, prefix: str, names: Iterable[str]):
-    """Sorts the names into those with rows, ignored and unknown ones."""
-    self.key, self.layout, self.prefix = key, LAYOUTS[key], prefix
+  def __init__(
+    self, key: str, prefix: str, names: Iterable[str], start: str = ''
+  ):
+    """Sorts the names into those with rows, ignored and unknown ones.
+
+    Args:
+      key: Of LAYOUTS.
+      prefix: What `~` stands for.
+      names: Of the whole file.
+      start: What whoever saved the file put before the names of the model;
+        names that begin otherwise are not the model's.
+    """
+    self.key, self.layout, self.start = key, LAYOUTS[key], start
+    self.outside: list[str] = []
     self.rows: dict[str, list[tuple[Row, str]]] = {}  # file name -> (row, ours)
     self.ignored: list[str] = []
     self.pre_logits: list[str] = []
@@ -70,7 +84,10 @@ class Names:
     block = _block_start(self.layout).replace('~', prefix)
     numbered = re.compile(re.escape(block) + r'(\d{1,3})(\D.*)')
     for name in names:
-      template, number = self.layout.spell(name), 0
+      if not name.startswith(start):
+        self.outside.append(name)
+        continue
+      template, number = self.layout.spell(name.removeprefix(start)), 0
       if found := numbered.fullmatch(template):
         number, template = int(found[1]), f'{block}{{i}}{found[2]}'
       if template in by_template:
@@ -112,17 +129,58 @@ def _block_start(layout: KeyMap) -> str:
 def recognise(names: list[str]) -> Names | None:
   """Returns the names read as the layout that explains most of them, or None.
 
-  Equally good layouts agree on every name; the first in LAYOUTS is taken.
+  Training frameworks put the name of an attribute, or several, before every
+  tensor of a model ('module.', 'model.', 'student.backbone.'), beside tensors
+  of other things. Equally good layouts agree on every name; the first in
+  LAYOUTS is taken.
+
+  Raises:
+    WeightsError: The file holds several models that are equally good.
   """
-  best = None
-  for key, layout in LAYOUTS.items():
-    for prefix in layout.prefixes:
-      read = Names(key, prefix, names)
-      if 'patch_embed/kernel' not in read.ours or read.score < 0.5:
-        continue
-      if best is None or read.score > best.score:
-        best = read
-  return best
+  found: dict[str, Names] = {}
+  for start in _starts(names):
+    for key, layout in LAYOUTS.items():
+      for prefix in layout.prefixes:
+        read = Names(key, prefix, names, start)
+        if 'patch_embed/kernel' not in read.ours or read.score < 0.5:
+          continue
+        if start not in found or read.score > found[start].score:
+          found[start] = read
+  if not found:
+    return None
+  most = max(len(read.rows) for read in found.values())
+  # The same tensors under a longer prefix of the layout are the same model.
+  best: dict[frozenset[str], str] = {}
+  for start, read in found.items():
+    if len(read.rows) == most:
+      best.setdefault(frozenset(read.rows), start)
+  chosen = averaged([*best.values()])
+  if chosen is None:
+    raise WeightsError(
+      f'the file holds {len(best)} models, under '
+      f'{", ".join(map(repr, best.values()))}; save the one that is wanted in '
+      'a file of its own'
+    )
+  return found[chosen]
+
+
+def _starts(names: list[str]) -> list[str]:
+  """Returns what may stand before the names of a model, the shortest first."""
+  stems = {
+    row.theirs.replace('~', prefix)
+    for layout in LAYOUTS.values()
+    for row in layout.rows
+    for prefix in layout.prefixes
+    if row.ours == 'patch_embed/kernel'
+  }
+  starts = {
+    name.removesuffix(stem)
+    for name in names
+    for stem in stems
+    if name.endswith(stem)
+  }
+  starts = {s for s in starts if not s or s[-1] in './'}
+  return sorted(starts, key=lambda s: (len(s), s))[:_MOST_STARTS]
 
 
 def nearest(names: list[str]) -> str:

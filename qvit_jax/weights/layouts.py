@@ -47,6 +47,7 @@ class KeyMap:
     norm_eps: Epsilon of LayerNorm in its library.
     pools: What its models can have as `model.pool`.
     registers: How many `model.registers` they have; None: any number.
+    biases: Whether its queries, keys and values always have biases.
     has_scales: Whether they all have LayerScale.
     register_prefix: The prefix that is written with registers, if another.
   """
@@ -63,6 +64,7 @@ class KeyMap:
   norm_eps: float = 1e-6
   pools: tuple[str, ...] = ('token',)
   registers: int | None = 0
+  biases: bool = False
   has_scales: bool = False
   register_prefix: str = ''
 
@@ -214,11 +216,15 @@ _GOOGLE = (
 LAYOUTS = {
     'timm': KeyMap(
         'timm',
-        (*_TIMM, Row('registers', 'reg_token', 'same')),
+        (
+            *_TIMM,
+            Row('registers', 'reg_token', 'same'),
+            *_norm('pool_norm', 'fc_norm'),
+        ),
         ignored=(r'head_dist\.',),
         pre_logits=r'pre_logits\.',
         slots=('grid', 'all'),
-        pools=('token', 'mean'),
+        pools=('token', 'mean', 'patch_mean'),
         registers=None,
     ),
     'timm_distilled': KeyMap(
@@ -236,6 +242,7 @@ LAYOUTS = {
         resize='dinov2',
         resize_with_registers='timm',
         registers=None,
+        biases=True,
         has_scales=True,
     ),
     'hf': KeyMap(
@@ -296,6 +303,7 @@ LAYOUTS = {
                  (r'\.mlp\.linear_2\.', '.mlp.3.')),
         pre_logits=r'heads\.pre_logits\.',
         resize='torchvision',
+        biases=True,
     ),
     'google': KeyMap(
         'Google npz',
@@ -304,5 +312,6 @@ LAYOUTS = {
         prefixes=('', 'opt/target/', 'params/'),
         resize='bilinear',
         pools=('token', 'mean'),
+        biases=True,
     ),
 }  # fmt: skip

@@ -5,7 +5,8 @@ Finds out what a path means, opens it, and recognises whose names it has.
 
 import contextlib
 import pathlib
-from typing import Any
+import re
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -13,11 +14,11 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.store import checkpoint
-from qvit_jax.store.entries import Entry, Source, printable
-from qvit_jax.weights import hub
+from qvit_jax.store.entries import Entry, Source, printable, refuse
+from qvit_jax.weights import hub, peft
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.fit import Import
-from qvit_jax.weights.keymap import collapse, nearest, recognise
+from qvit_jax.weights.keymap import Names, collapse, nearest, recognise
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.report import Report
 
@@ -68,28 +69,42 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
   if is_run(place):
     return Import(_own_source(str(place)), wanted, None).run()
   source = open_source(place)
-  _strip_wrapper(source)
-  names = recognise(list(source.entries))
+  try:
+    names = recognise(list(source.entries))
+  except WeightsError as error:
+    text = f'weights {source.title}: {error}'
+    raise WeightsError(printable(text)) from error
   if names is None:
-    listed = ', '.join(collapse(list(source.entries))[:6])[:300]
-    text = (
-      f'weights {source.title}: nobody we know names tensors like these '
-      f'({listed}); known are {", ".join(LAYOUTS)}, the nearest is '
-      f'{nearest(list(source.entries))}: rename them or give other weights'
-    )
-    raise WeightsError(printable(text))
+    _refuse_names(source)
+  _note_start(source, names)
   return Import(source, wanted, names).run()
 
 
-def _strip_wrapper(source: Source) -> None:
-  """Drops what DistributedDataParallel and torch.compile put before names."""
-  for prefix in ('module.', '_orig_mod.'):
-    if all(name.startswith(prefix) for name in source.entries):
-      source.entries = {
-        name.removeprefix(prefix): entry
-        for name, entry in source.entries.items()
-      }
-      source.notes.append(f'{prefix!r} dropped from every name')
+def _refuse_names(source: Source) -> NoReturn:
+  names = list(source.entries)
+  if adapters := [name for name in names if re.search(r'\blora_\w+\b', name)]:
+    what = f'it holds adapters of PEFT ({adapters[0]}), not a model'
+    refuse(source.title, what, peft.MERGE)
+  listed = ', '.join(collapse(names)[:6])[:300]
+  refuse(
+    source.title,
+    f'nobody we know names tensors like these ({listed}); known are '
+    f'{", ".join(LAYOUTS)}, the nearest is {nearest(names)}',
+    'rename them or give other weights',
+  )
+
+
+def _note_start(source: Source, names: Names) -> None:
+  """Says what was dropped from names, and which tensors are left behind."""
+  if not names.start:
+    return
+  note = f'{names.start!r} dropped from every name'
+  if names.outside:
+    note = (
+      f'read are the tensors whose names begin with {names.start!r}, which is '
+      f"dropped; {len(names.outside)} others are not the model's"
+    )
+  source.notes.append(printable(note))
 
 
 def is_run(place: pathlib.Path) -> bool:
@@ -131,4 +146,6 @@ def _own_source(path: str) -> Source:
   }
   known = metadata['architecture']
   facts = {name: known[name] for name in ('heads', 'norm_eps', 'image_size')}
+  if metadata.get('class_names'):
+    facts['class_names'] = metadata['class_names']
   return Source(entries, f'step {step} of {directory.parent}', facts)

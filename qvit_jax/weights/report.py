@@ -16,6 +16,8 @@ class Report:
     matched: Our parameters that were taken as they are.
     adapted: Our parameter -> what was done to its tensor.
     reinitialised: Our parameter -> why it starts fresh.
+    zeros: Our biases and positions that are zero -> why: a model without them
+      computes the same.
     unused: Their tensors that the model has no use for.
     missing: Our parameters without a tensor; never non-empty in a report that
       `load_weights` returns, since that is an error.
@@ -30,6 +32,7 @@ class Report:
   matched: list[str] = dataclasses.field(default_factory=list)
   adapted: dict[str, str] = dataclasses.field(default_factory=dict)
   reinitialised: dict[str, str] = dataclasses.field(default_factory=dict)
+  zeros: dict[str, str] = dataclasses.field(default_factory=dict)
   unused: list[str] = dataclasses.field(default_factory=list)
   missing: list[str] = dataclasses.field(default_factory=list)
   mis_shaped: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -39,20 +42,15 @@ class Report:
   def lines(self) -> list[str]:
     """Returns the report for the terminal."""
     taken = len(self.matched) + len(self.adapted)
-    total = taken + len(self.reinitialised)
+    total = taken + len(self.reinitialised) + len(self.zeros)
     lines = [f'weights of {self.source}, {self.layout} layout']
     lines.append(
       f'{taken} of {total} parameters taken, {len(self.matched)} of them as '
       'they are'
     )
     lines += [f'adapted: {name}: {how}' for name, how in self.adapted.items()]
-    reasons: dict[str, list[str]] = {}
-    for name, why in self.reinitialised.items():
-      reasons.setdefault(why, []).append(name)
-    lines += [
-      f're-initialised: {", ".join(names)}: {why}'
-      for why, names in reasons.items()
-    ]
+    lines += _by_reason('zeros', self.zeros)
+    lines += _by_reason('re-initialised', self.reinitialised)
     if self.unused:
       lines.append(f'unused: {", ".join(collapse(self.unused))}')
     return lines + [f'note: {note}' for note in self.notes]
@@ -60,3 +58,14 @@ class Report:
   def to_json(self) -> dict[str, Any]:
     """Returns it for weights.json."""
     return dataclasses.asdict(self)
+
+
+def _by_reason(word: str, reasons: dict[str, str]) -> list[str]:
+  """Returns one line for each reason, with all its parameters."""
+  names: dict[str, list[str]] = {}
+  for name, why in reasons.items():
+    names.setdefault(why, []).append(name)
+  return [
+    f'{word}: {", ".join(collapse(found))}: {why}'
+    for why, found in names.items()
+  ]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,35 @@ from qvit_jax.errors import ExportError
 from qvit_jax.weights.keymap import KINDS, collapse
 from qvit_jax.weights.layouts import LAYOUTS, Row
 
+# Biases that some models do not have; zero everywhere, they are left out where
+# the layout's library can be built without.
+_OPTIONAL = re.compile(r'block_\d+/attn/(query|key|value)/bias')
 
-def translate(params: Any, layout: str) -> dict[str, np.ndarray]:
+
+def translate(
+  params: Any, layout: str, pool: str = ''
+) -> dict[str, np.ndarray]:
   """Returns {their name: array} of a tree of parameters.
+
+  What others may lack (positions of the class token and of registers, biases of
+  queries, keys and values) is left out where it is zero and the layout allows
+  it, so that an imported file becomes the same file.
 
   Args:
     params: Our parameters, host or device arrays.
     layout: Key of LAYOUTS.
+    pool: `model.pool`; by default what the shapes tell, which do not tell
+      'token' and 'patch_mean' apart.
 
   Raises:
     ExportError: The layout has no place for a parameter.
   """
   ours = {name: np.asarray(x) for name, x in tree.flatten(params).items()}
   keymap = LAYOUTS[layout]
-  _check_model(ours, layout)
+  _check_model(ours, layout, pool or _pool_of(ours))
+  biases = [name for name in ours if _OPTIONAL.search(name)]
+  if not keymap.biases and not any(ours[name].any() for name in biases):
+    ours = {name: x for name, x in ours.items() if name not in biases}
   prefix = keymap.prefixes[0]
   if 'registers' in ours:
     prefix = keymap.register_prefix or prefix
@@ -41,10 +57,13 @@ def translate(params: Any, layout: str) -> dict[str, np.ndarray]:
   if homeless:
     raise ExportError(
       f'the layout {layout} has no place for {", ".join(collapse(homeless))}; '
-      f'choose another --config.export.layout ({", ".join(LAYOUTS)})'
+      f'{_other_layouts(ours, pool or _pool_of(ours))}'
     )
   if 'registers' in ours and keymap.slots[0] != 'all':
     _fold_positions(ours, keymap.slots[0])
+  elif 'grid' in keymap.slots and 'cls' in ours:
+    has_position = ours['pos_embed'][:, 0].any()
+    ours['pos_embed'] = ours['pos_embed'][:, 0 if has_position else 1 :]
   parts: dict[str, list[np.ndarray]] = {}
   for name, (row, theirs) in sorted(
     rows.items(), key=lambda item: item[1][0].part or 0
@@ -59,13 +78,24 @@ def translate(params: Any, layout: str) -> dict[str, np.ndarray]:
   }
 
 
-def _check_model(ours: dict[str, np.ndarray], layout: str) -> None:
+def _pool_of(ours: dict[str, np.ndarray]) -> str:
+  if 'cls' not in ours:
+    return 'mean'
+  width = ours['pos_embed'].shape[-1]
+  return 'token' if ours['head/kernel'].shape[0] == width else 'token_mean'
+
+
+def _check_model(ours: dict[str, np.ndarray], layout: str, pool: str) -> None:
   """Refuses a model that no class of the layout's library is."""
+  if problems := _problems(ours, layout, pool):
+    raise ExportError(
+      f'no model of the layout {layout} is like this: {"; ".join(problems)}; '
+      f'{_other_layouts(ours, pool)}'
+    )
+
+
+def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
   keymap = LAYOUTS[layout]
-  width = ours['encoder/norm/scale'].shape[0]
-  pool = 'token' if 'cls' in ours else 'mean'
-  if ours['head/kernel'].shape[0] == 2 * width:
-    pool = 'token_mean'
   registers = ours['registers'].shape[1] if 'registers' in ours else 0
   problems = []
   if pool not in keymap.pools:
@@ -74,27 +104,88 @@ def _check_model(ours: dict[str, np.ndarray], layout: str) -> None:
     problems.append(f'model.registers is {registers}, not {keymap.registers}')
   if keymap.has_scales and 'encoder/block_00/scale1' not in ours:
     problems.append('the model has no LayerScale')
-  if problems:
-    raise ExportError(
-      f'no model of the layout {layout} is like this: {"; ".join(problems)}; '
-      f'choose another --config.export.layout ({", ".join(LAYOUTS)})'
-    )
+  return problems
+
+
+def _other_layouts(ours: dict[str, np.ndarray], pool: str) -> str:
+  """Returns what to do: which layouts can hold such a model."""
+  paths = {re.sub(r'block_\d+', 'block_{i}', name) for name in ours}
+  fitting = [
+    layout
+    for layout, keymap in LAYOUTS.items()
+    if not _problems(ours, layout, pool)
+    and paths <= {row.ours for row in keymap.rows}
+  ]
+  if fitting:
+    return f'choose --config.export.layout={" or ".join(fitting)}'
+  return (
+    'no layout can hold it; --config.export.format=packed keeps a quantized '
+    'run whole'
+  )
 
 
 def _fold_positions(ours: dict[str, np.ndarray], slots: str) -> None:
   """Adds the positions that a layout has no slots for to their tokens."""
-  count = ours['registers'].shape[1]
-  pos = ours['pos_embed']
-  cls, registers, grid = pos[:, :1], pos[:, 1 : 1 + count], pos[:, 1 + count :]
+  count, has_cls = ours['registers'].shape[1], 'cls' in ours
+  cls, registers, grid = np.split(
+    ours['pos_embed'], [has_cls, has_cls + count], axis=1
+  )
   ours['registers'] = ours['registers'] + registers
   if slots == 'grid':
-    ours['cls'] = ours['cls'] + cls
+    if has_cls:
+      ours['cls'] = ours['cls'] + cls
     ours['pos_embed'] = grid
   else:
     ours['pos_embed'] = np.concatenate([cls, grid], axis=1)
 
 
-def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:
+def timm_arguments(
+  shape: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns with what `timm.models.VisionTransformer` takes an export.
+
+  Args:
+    shape: As `models.architecture` gives it.
+    tensors: Of `translate` in the layout 'timm'.
+  """
+  grid = (shape['image_size'] // shape['patch']) ** 2
+  has_cls = 'cls_token' in tensors
+  has_others = has_cls or shape['registers']
+  arguments = {
+      'img_size': shape['image_size'], 'patch_size': shape['patch'],
+      'embed_dim': shape['width'], 'depth': shape['depth'],
+      'num_heads': shape['heads'], 'num_classes': shape['num_classes'],
+      'mlp_ratio': shape['mlp_dim'] / shape['width'],
+      'global_pool': 'token' if shape['pool'] == 'token' else 'avg',
+      'fc_norm': shape.get('norm_after_pool', False),
+      'class_token': has_cls, 'reg_tokens': shape['registers'],
+      'no_embed_class': has_others and tensors['pos_embed'].shape[1] == grid,
+      'qkv_bias': 'blocks.0.attn.qkv.bias' in tensors,
+      'qk_norm': shape['qk_norm'],
+      'init_values': 1.0 if shape['layer_scale'] else None,
+  }  # fmt: skip
+  usual = {
+      'mlp_ratio': 4.0, 'global_pool': 'token', 'fc_norm': False,
+      'class_token': True, 'reg_tokens': 0, 'no_embed_class': False,
+      'qkv_bias': True, 'qk_norm': False, 'init_values': None,
+  }  # fmt: skip
+  if arguments['global_pool'] == 'avg':
+    del usual['fc_norm']  # by default True there
+  return {
+    name: value
+    for name, value in arguments.items()
+    if name not in usual or usual[name] != value
+  }
+
+
+def hf_config(
+  shape: dict[str, Any],
+  layout: str,
+  classes: int,
+  *,
+  class_names: Sequence[str] = (),
+  qkv_bias: bool = True,
+) -> str:
   """Returns the config.json with which transformers opens an export.
 
   Args:
@@ -102,7 +193,10 @@ def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:
       norm_eps, registers.
     layout: 'hf', 'hf_deit' or 'hf_dinov2'.
     classes: Outputs of the head.
+    class_names: Theirs, by label; numbers stand for them otherwise.
+    qkv_bias: Whether queries, keys and values have biases.
   """
+  class_names = class_names or [str(i) for i in range(classes)]
   kind = {'hf': 'vit', 'hf_deit': 'deit', 'hf_dinov2': 'dinov2'}[layout]
   name = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}[kind]
   if kind == 'dinov2' and shape['registers']:
@@ -113,9 +207,9 @@ def hf_config(shape: dict[str, Any], layout: str, classes: int) -> str:
       'num_attention_heads': shape['heads'], 'hidden_act': 'gelu',
       'image_size': shape['image_size'], 'patch_size': shape['patch'],
       'num_channels': 3, 'layer_norm_eps': shape['norm_eps'],
-      'qkv_bias': True,
-      'id2label': {str(i): str(i) for i in range(classes)},
-      'label2id': {str(i): i for i in range(classes)},
+      'qkv_bias': qkv_bias,
+      'id2label': {str(i): name for i, name in enumerate(class_names)},
+      'label2id': {name: i for i, name in enumerate(class_names)},
   }  # fmt: skip
   if kind.startswith('dinov2'):
     ratio = shape['mlp_dim'] / shape['width']

@@ -14,6 +14,7 @@ from qvit_jax import models, tree
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import vit
 from qvit_jax.ops import FloatCore, Ops
+from qvit_jax.quantization.ptq import rotate
 from tests import reference
 
 GOLDEN_PARAMETERS = {
@@ -157,6 +158,10 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(qk_norm=True),
     dict(norm_eps=0.1),
     dict(pool='mean', layer_scale=0.1, qk_norm=True, heads=4, depth=2),
+    dict(pool='patch_mean', registers=2),
+    dict(pool='patch_mean', norm_after_pool=True),
+    dict(pool='mean', norm_after_pool=True, registers=2, norm_eps=0.1),
+    dict(pool='token', norm_after_pool=True),
   ],
   ids=str,
 )
@@ -182,6 +187,44 @@ def test_options_add_only_their_own_parameters():
   assert added == norms | {f'{BLOCK}/scale1', f'{BLOCK}/scale2'}
   mean = set(tree.flatten(shapes_of(tiny(pool='mean'))['params']))
   assert plain - mean == {'cls'} and not mean - plain
+  behind = set(tree.flatten(shapes_of(tiny(norm_after_pool=True))['params']))
+  assert {n.replace('pool_norm', 'encoder/norm') for n in behind} == plain
+  both = set(tree.flatten(shapes_of(tiny(pool='patch_mean'))['params']))
+  assert both == plain
+
+
+def test_the_architecture_is_that_of_old_files_where_nothing_new_is_on():
+  """Runs and packed files that know no `norm_after_pool` still open."""
+  assert 'norm_after_pool' not in models.architecture(tiny())
+  assert models.architecture(tiny(norm_after_pool=True))['norm_after_pool']
+
+
+def test_a_norm_behind_two_pooled_tokens_is_refused():
+  config = tiny(pool='token_mean', norm_after_pool=True)
+  with pytest.raises(ConfigError, match=r'--config\.model\.pool=patch_mean'):
+    models.build_model(config)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(pool='patch_mean', norm_after_pool=True, registers=1),
+    dict(pool='mean', norm_after_pool=True, layer_scale=0.1),
+  ],
+  ids=str,
+)
+def test_a_norm_behind_the_pooling_is_folded_and_turned(fields):
+  config = tiny(depth=2, **fields)
+  params = {
+    name: np.asarray(x)
+    for name, x in tree.flatten(variables_of(config)['params']).items()
+  }
+  stream = models.stream(config)
+  turned = rotate.turn(rotate.fold_norms(params, stream), stream, seed=0)
+  for name in ('patch_embed/kernel', 'head/kernel'):
+    assert np.abs(turned[name] - params[name]).max() > 0.1
+  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}
+  assert_close(logits_of(config, variables), logits_of(config), 1e-4)
 
 
 def test_logits_of_an_image_do_not_depend_on_the_batch():

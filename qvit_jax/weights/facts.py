@@ -1,0 +1,250 @@
+"""What the files beside a file of weights say of the model and its images.
+
+Read are config.json of transformers and of timm and preprocessor_config.json.
+What nothing here reads, but what changes predictions, becomes a note.
+"""
+
+import math
+import pathlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from qvit_jax.store.entries import guarded, parse_json, printable, refuse
+
+_MAX_JSON = 8 * 2**20
+_GELU = (None, 'gelu', 'gelu_erf', 'nn.GELU', 'GELU')
+# Their name -> ours, for numbers.
+_NUMBERS = {
+    'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads',
+    'num_heads': 'heads',
+}  # fmt: skip
+_SIDES = {'image_size': 'image_size', 'img_size': 'image_size',
+          'patch_size': 'patch'}  # fmt: skip
+_DROPOUTS = {
+    'hidden_dropout_prob': 'model.dropout',
+    'attention_probs_dropout_prob': 'model.attention_dropout',
+    'drop_path_rate': 'model.stochastic_depth',
+}  # fmt: skip
+# Of images, read by nothing here: the value that changes nothing.
+_UNREAD = {
+    'crop_pct': 1.0, 'crop_mode': None, 'crop_border_pixels': 0,
+    'test_input_size': None, 'test_crop_pct': None, 'label_offset': 0,
+    'do_resize': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
+    'do_center_crop': False, 'crop_size': None, 'size': None,
+}  # fmt: skip
+_RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic')  # as PIL counts
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Returns a JSON file's value. Raises WeightsError."""
+  if path.stat().st_size > _MAX_JSON:
+    refuse(path, f'it is over {_MAX_JSON:,} bytes long')
+  return guarded(path, lambda: parse_json(path, path.read_bytes()))
+
+
+def read_facts(
+  folder: pathlib.Path, path: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns what is said beside a file, in the words of our fields, and notes.
+
+  Args:
+    folder: Where config.json and preprocessor_config.json may lie.
+    path: The weights, for messages.
+
+  Returns:
+    Any of `norm_eps`, `heads`, `image_size` and `patch` (a number, or [height,
+    width] where they differ), `pool` ('token' or 'mean'), `mean`, `std`,
+    `resize`, `class_names`; and lines on what else is said.
+
+  Raises:
+    WeightsError: A file is damaged, or names another activation than GELU.
+  """
+  facts: dict[str, Any] = {}
+  notes: list[str] = []
+  config = _object(folder / 'config.json')
+  if config:
+    timm = config.get('pretrained_cfg')
+    timm = timm if isinstance(timm, dict) else {}
+    made = config.get('model_args')  # how the model was built: it counts
+    made = made if isinstance(made, dict) else {}
+    _check_activation(path, config, made)
+    for part in (timm, config, made):
+      facts |= _numbers(part)
+      notes += _unread('config.json', part)
+    facts |= _images(timm or config, 'mean', 'std', 'interpolation')
+    names = {'token': 'token', 'avg': 'mean'}
+    pool = made.get('global_pool', config.get('global_pool'))
+    if isinstance(pool, str) and pool in names:
+      facts['pool'] = names[pool]
+    elif isinstance(pool, str) and pool:
+      notes.append(f'config.json says global_pool={pool!r}, not known here')
+    found, more = _class_names(config, timm)
+    facts |= found
+    notes += more
+  images = _object(folder / 'preprocessor_config.json')
+  if images:
+    facts |= _images(images, 'image_mean', 'image_std', 'resample')
+    if images.get('do_normalize') is False:
+      facts |= {'mean': [0.0] * 3, 'std': [1.0] * 3}
+    notes += _unread('preprocessor_config.json', images)
+  return facts, [printable(note[:300]) for note in notes]
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+  value = read_json(path) if path.is_file() else {}
+  return value if isinstance(value, dict) else {}
+
+
+def _check_activation(path: pathlib.Path, config: dict, made: dict) -> None:
+  for where, name in ((config, 'hidden_act'), (made, 'act_layer')):
+    if where.get(name) not in _GELU:
+      refuse(
+        path,
+        f'its config.json says {name}={where[name]!r}; only the exact '
+        "'gelu' is supported",
+        'choose other weights',
+      )
+
+
+def _is_number(value: Any) -> bool:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return is_number and math.isfinite(value)
+
+
+def _numbers(part: dict[str, Any]) -> dict[str, Any]:
+  facts: dict[str, Any] = {}
+  size = part.get('input_size')  # timm's: channels, height, width
+  if isinstance(size, list) and len(size) == 3:
+    facts |= _side('image_size', size[1:])
+  for theirs, ours in _SIDES.items():
+    facts |= _side(ours, part.get(theirs))
+  for theirs, ours in _NUMBERS.items():
+    if _is_number(part.get(theirs)):
+      facts[ours] = part[theirs]
+  return facts
+
+
+def _side(name: str, value: Any) -> dict[str, Any]:
+  """Returns {name: a number, or [height, width]}, or nothing."""
+  sides = value if isinstance(value, list) else [value, value]
+  if len(sides) != 2 or not all(_is_number(x) and x > 0 for x in sides):
+    return {}
+  return {name: sides[0] if sides[0] == sides[1] else sides}
+
+
+def _images(config: dict[str, Any], *names: str) -> dict[str, Any]:
+  """Returns how images were resized and normalised."""
+  mean, std, resize = names
+  facts = {}
+  for ours, theirs in (('mean', mean), ('std', std)):
+    value = config.get(theirs)
+    if isinstance(value, list) and len(value) == 3 and all(
+      map(_is_number, value)
+    ):  # fmt: skip
+      facts[ours] = value
+  how = config.get(resize)
+  if how in range(len(_RESAMPLE)):
+    how = _RESAMPLE[int(how)]
+  if isinstance(how, str) and how:
+    facts['resize'] = how
+  return facts
+
+
+def _unread(file: str, part: dict[str, Any]) -> list[str]:
+  """Returns a note on what changes predictions and is read by nothing here."""
+  said = [
+    f'{name}={part[name]!r}'
+    for name, usual in _UNREAD.items()
+    if part.get(name) is not None and not _is_same(part[name], usual)
+  ]
+  notes = []
+  if said:
+    notes.append(f'not read of {file}: {", ".join(said)}')
+  notes += [
+    f'{file} says {name}={part[name]:g}; {ours} counts here'
+    for name, ours in _DROPOUTS.items()
+    if _is_number(part.get(name)) and part[name]
+  ]
+  return notes
+
+
+def _is_same(value: Any, usual: Any) -> bool:
+  if _is_number(value) and _is_number(usual):
+    return math.isclose(value, usual, rel_tol=1e-6)
+  if isinstance(value, dict):  # a square of pixels, as `image_size` says
+    sides = {str(side) for side in value.values()}
+    return {*value} == {'height', 'width'} and len(sides) == 1
+  return value == usual
+
+
+def _class_names(
+  config: dict[str, Any], timm: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns the names of the head's classes by label, and notes.
+
+  Placeholders such as LABEL_3 are no names.
+  """
+  said = {
+    'id2label': config.get('id2label'),
+    'label_names': config.get('label_names', timm.get('label_names')),
+    'labels': config.get('labels', timm.get('labels')),
+  }
+  for key, value in said.items():
+    if not value or not isinstance(value, (dict, list)):
+      continue
+    names = _in_order(value)
+    if names is None:
+      return {}, [f'{key} of config.json does not number its names from 0']
+    if all(is_placeholder(i, name) for i, name in enumerate(names)):
+      continue
+    return {'class_names': names}, []
+  return {}, []
+
+
+def _in_order(value: dict[str, Any] | list[Any]) -> list[str] | None:
+  if isinstance(value, dict):
+    value = {int(k): v for k, v in value.items() if re.fullmatch(r'\d{1,9}', k)}
+    if sorted(value) != list(range(len(value))) or not value:
+      return None
+    value = [value[i] for i in range(len(value))]
+  return value if all(isinstance(x, str) for x in value) else None
+
+
+def is_placeholder(label: int, name: str) -> bool:
+  """Returns whether a class name says no more than its label."""
+  found = re.fullmatch(r'(?:label|class)?[ _-]?(\d{1,9})', name, re.IGNORECASE)
+  return bool(found) and int(found[1]) == label
+
+
+def order_of(
+  there: Sequence[str], here: Sequence[str]
+) -> tuple[list[int] | None, str]:
+  """Returns which label there each class here has, and what differs.
+
+  Names are compared without regard to case, spaces, dashes and underscores.
+
+  Args:
+    there: Names by label of the weights.
+    here: Names by label of the data.
+
+  Returns:
+    (labels there, '') or, where the names are not the same ones, (None, text).
+  """
+  if list(there) == list(here):
+    return list(range(len(here))), ''
+  mine, theirs = [_plain(n) for n in here], [_plain(n) for n in there]
+  if sorted(mine) == sorted(theirs) and len({*mine}) == len(mine):
+    return [theirs.index(name) for name in mine], ''
+  if len(there) != len(here):
+    return None, f'{len(there)} classes there, {len(here)} here'
+  for label, (one, other) in enumerate(zip(there, here, strict=True)):
+    if _plain(one) != _plain(other):
+      return None, f'label {label} is {one!r} there, {other!r} here'
+  return None, 'some names stand twice'
+
+
+def _plain(name: str) -> str:
+  name = unicodedata.normalize('NFC', name).casefold()
+  return re.sub(r'[\s_-]+', ' ', name).strip()
