@@ -17,8 +17,10 @@ class EvalSums:
 
   Attributes:
     loss: Sum of cross-entropies in nats.
-    top5: Examples whose class is among the five best scores.
-    confusion: [classes, classes] counts, true class by predicted class.
+    top5: Examples whose class is among the five best scores; of equal ones
+      the first counts as the best, as in argmax.
+    confusion: [classes, classes + 1] counts, true class by predicted class;
+      the last column holds examples with a NaN, for which no class is named.
   """
 
   loss: Any
@@ -31,7 +33,7 @@ class EvalSums:
     return cls(
       jnp.zeros((), jnp.float32),
       jnp.zeros((), jnp.int32),
-      jnp.zeros((num_classes, num_classes), jnp.int32),
+      jnp.zeros((num_classes, num_classes + 1), jnp.int32),
     )
 
   def add(
@@ -44,13 +46,17 @@ class EvalSums:
     log_p = jax.nn.log_softmax(logits)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     own_log_p = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-    better = (logits > own).sum(axis=1)
+    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
+    # Ties go to the first, else constant scores would put all among the best.
+    before = ((logits > own) | (earlier & (logits == own))).sum(axis=1)
+    is_broken = jnp.isnan(logits).any(axis=1)
+    named = jnp.where(is_broken, logits.shape[1], logits.argmax(axis=1))
     count = mask.astype(jnp.int32)
     return EvalSums(
       # where, because 0 * inf would poison the sum with NaN
       self.loss - jnp.where(mask > 0, own_log_p, 0).sum(),
-      self.top5 + (count * (better < 5)).sum(),
-      self.confusion.at[labels, logits.argmax(axis=1)].add(count),
+      self.top5 + (count * (before < 5) * ~is_broken).sum(),
+      self.confusion.at[labels, named].add(count),
     )
 
 
@@ -58,19 +64,21 @@ def summarize(sums: EvalSums) -> dict[str, Any]:
   """Returns the metrics as plain Python values.
 
   Returns:
-    loss (mean, nats; may be infinite), top1, top5, f1_macro (scikit-learn's
-    definition: over the classes that occur as truth or prediction),
-    num_examples,
-    per_class_top1 (null for a class without examples), confusion.
+    loss (mean, nats; may be infinite or NaN), top1, top5, f1_macro
+    (scikit-learn's definition: over the classes that occur as truth or
+    prediction), num_examples, per_class_top1 (null for a class without
+    examples), confusion (square). Examples whose scores hold a NaN are missed
+    and stand in no column of confusion.
   """
-  confusion = np.asarray(sums.confusion)
-  total = int(confusion.sum())
+  counts = np.asarray(sums.confusion)
+  total, support = int(counts.sum()), counts.sum(axis=1)
   loss = float(sums.loss) / total
-  support = confusion.sum(axis=1)
-  truth, predicted = np.nonzero(confusion)
+  truth, predicted = np.nonzero(counts)
+  confusion = counts[:, :-1]
   f1 = sklearn.metrics.f1_score(
       truth, predicted, average='macro', zero_division=0,
-      sample_weight=confusion[truth, predicted],
+      labels=np.flatnonzero(support + confusion.sum(axis=0)),
+      sample_weight=counts[truth, predicted],
   )  # fmt: skip
   return {
     'loss': loss,

@@ -13,9 +13,12 @@ from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq.calibrate import SiteStats
 from qvit_jax.quantization.ptq.rows import Row
 
-# A row this far below float, or that names this few classes, has collapsed.
+# A row that names another class than float for this share of the images has
+# collapsed where its accuracy is as far below float's, or where it names this
+# few of the classes that float names; or where it agrees this rarely.
 _COLLAPSE_POINTS = 0.2
 _COLLAPSE_CLASSES = 0.25
+_COLLAPSE_AGREEMENT = 0.25
 _SUSPECTS = 3
 _BARS = 128
 
@@ -26,28 +29,35 @@ def collapse(
   labels: np.ndarray,
   sites: Sequence[Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
-  """Returns whether a row fell, and the products that may be why.
+  """Returns whether a row fell from float, and the products that may be why.
+
+  A row that agrees with a poor float model has not collapsed.
 
   Args:
-    metrics: Of the row: top1 and confusion.
+    metrics: Of the row: top1, confusion and agreement with float.
     base: Float logits [n, classes].
     labels: [n].
     sites: The row's products with their sqnr_db.
   """
-  before = float((base.argmax(axis=1) == labels).mean())
+  named = base.argmax(axis=1)
+  before = float((named == labels).mean())
   confusion = np.asarray(metrics['confusion'])
   predicted = int((confusion.sum(axis=0) > 0).sum())
   fell = metrics['top1'] < before - _COLLAPSE_POINTS
-  narrow = predicted < _COLLAPSE_CLASSES * len(np.unique(labels))
+  narrow = predicted < _COLLAPSE_CLASSES * len(np.unique(named))
+  agreement = metrics['agreement']
+  collapsed = agreement < _COLLAPSE_AGREEMENT or (
+    agreement < 1 - _COLLAPSE_POINTS and (fell or narrow)
+  )
   suspects = []
-  if (fell or narrow) and sites:
+  if collapsed and sites:
     noisy = [site for site in sites if site['sqnr_db'] is not None]
     noisy.sort(key=lambda site: site['sqnr_db'])
     suspects = [
       f'{site["path"]}: {site["sqnr_db"]:.1f} dB' for site in noisy[:_SUSPECTS]
     ]
   return {
-    'collapsed': bool(fell or narrow),
+    'collapsed': bool(collapsed),
     'suspects': suspects,
     'classes_predicted': predicted,
   }

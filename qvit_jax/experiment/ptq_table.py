@@ -339,7 +339,7 @@ class Table:
       **metrics,
       agreement=compared['agreement'],
       sqnr_db=compared['sqnr_db'],
-      **findings.collapse(metrics, base.logits, labels, sites),
+      **findings.collapse(metrics | compared, base.logits, labels, sites),
     )
 
   def _site_rows(self, row: Row, packed: Packed):

@@ -149,6 +149,52 @@ def test_fifth_best_score_counts_and_sixth_does_not():
   assert summarize(sums_of(logits, labels))['top1'] == 1 / 6
 
 
+def test_equal_scores_are_ranked_as_argmax_ranks_them():
+  logits, labels = logits_of(300)
+  logits = np.round(logits)  # ties everywhere
+  metrics = summarize(sums_of(logits, labels))
+  # scikit-learn prefers the last of equal scores, argmax the first.
+  turned = sklearn.metrics.top_k_accuracy_score(
+    CLASSES - 1 - labels, logits[:, ::-1], k=5, labels=np.arange(CLASSES)
+  )
+  assert metrics['top5'] == pytest.approx(turned)
+  assert metrics['top1'] == (logits.argmax(1) == labels).mean()
+  first = [x.argsort(kind='stable')[:5] for x in -logits]
+  hits = [label in best for label, best in zip(labels, first, strict=True)]
+  assert metrics['top5'] == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.parametrize('value', [0.0, 3.0, -np.inf])
+def test_constant_scores_know_no_more_than_the_first_classes(value):
+  labels = np.arange(CLASSES, dtype=np.int32)
+  logits = np.full((CLASSES, CLASSES), value, np.float32)
+  metrics = summarize(sums_of(logits, labels))
+  assert metrics['top1'] == 1 / CLASSES and metrics['top5'] == 5 / CLASSES
+
+
+@pytest.mark.parametrize('where', [slice(None), 0, 7])
+def test_scores_with_a_nan_hit_nothing(where):
+  logits, labels = logits_of(60)
+  broken = np.arange(60) % 3 == 0
+  labels[broken] = 0  # which argmax would name
+  spoiled = logits.copy()
+  spoiled[broken, where] = np.nan
+  metrics = summarize(sums_of(spoiled, labels))
+  hit = ~broken & (logits.argmax(1) == labels)
+  assert metrics['top1'] == pytest.approx(hit.mean())
+  assert metrics['top5'] <= 1 - broken.mean()
+  assert metrics['num_examples'] == 60
+  assert metrics['per_class_top1'][0] == hit[labels == 0].mean()
+  assert np.shape(metrics['confusion']) == (CLASSES, CLASSES)
+  assert np.sum(metrics['confusion']) == 40
+  assert metrics['f1_macro'] == pytest.approx(
+    sklearn.metrics.f1_score(
+      labels, np.where(broken, CLASSES, logits.argmax(1)), average='macro',
+      labels=np.arange(CLASSES), zero_division=0,
+    )
+  )  # fmt: skip
+
+
 def test_metrics_of_logits_far_apart_are_finite():
   logits, labels = logits_of(20)
   metrics = summarize(sums_of(logits * 1e4, labels))
