@@ -10,6 +10,7 @@ import numpy as np
 from qvit_jax import models, tree, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
+from qvit_jax.experiment import foreign
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.store import checkpoint, files
@@ -245,12 +246,17 @@ def base_variables(
 
 
 def import_weights(
-  experiment: Experiment, workdir: pathlib.Path
+  experiment: Experiment, workdir: pathlib.Path, *, must_agree: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns {path: parameter} of `weights.path` and the lines of its report.
 
   The report is written to WORKDIR/weights.json. An address on the hub is
   pinned to its commit in the config.
+
+  Args:
+    experiment: Whose model and classes they are for.
+    workdir: Of the run.
+    must_agree: Whether class names that differ are an error.
 
   Raises:
     WeightsError: The weights are unsafe or do not fit the model.
@@ -260,6 +266,9 @@ def import_weights(
   shapes = experiment.model.float_shapes['params']
   taken, report = weights.read_weights(local, shapes)
   report.notes += compare_facts(report, config)
+  foreign.put_classes_in_order(
+    taken, report, config, experiment.data.class_names, must_agree=must_agree
+  )
   if jax.process_index() == 0:
     files.write_json(workdir / 'weights.json', report.to_json())
   imported = {f'params/{name}': values for name, values in taken.items()}
@@ -295,6 +304,9 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
     there, here = facts.get(name), list(config.data[name])
     if there is not None and there != here:
       notes.append(f'images had data.{name}={there} there, {here} here')
+  there, here = facts.get('resize'), config.data.resize
+  if there is not None and there != here:
+    notes.append(f'images were resized by {there} there, {here} here')
   return notes
 
 

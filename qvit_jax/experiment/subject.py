@@ -82,9 +82,12 @@ def class_names_of_eval(
 
 
 def _class_names_of_weights(config: Any) -> list[str]:
-  """Returns the class names of `weights.path` where that is a run of ours."""
-  path = pathlib.Path(config.weights.path).expanduser()
-  return restore.read_class_names(str(path)) if weights.is_run(path) else []
+  """Returns the class names of `weights.path`, [] where it tells none."""
+  path = pathlib.Path(weights.resolve(config.weights.path)[0]).expanduser()
+  if weights.is_run(path):
+    return restore.read_class_names(str(path))
+  names = weights.open_source(path).facts.get('class_names', [])
+  return names if len(names) == config.model.num_classes else []
 
 
 def _trained_adapters(
@@ -175,10 +178,13 @@ def start_of_eval(
     if config.weights.path:
       lines.append('note: there is a checkpoint, so weights.path is not read')
     return variables, lines
-  if names := _class_names_of_weights(config):
-    place = pathlib.Path(config.weights.path)
+  place = pathlib.Path(config.weights.path).expanduser()
+  if weights.is_run(place):
+    names = restore.read_class_names(str(place))
     restore.check_classes(experiment, names, place)
-  imported, lines = restore.import_weights(experiment, workdir)
+  imported, lines = restore.import_weights(
+    experiment, workdir, must_agree=True
+  )
   fresh = sorted(experiment.missing_parameters(imported))
   if fresh:
     raise WeightsError(

@@ -16,7 +16,7 @@ import numpy as np
 from qvit_jax import models, tree, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
-from qvit_jax.experiment import calibration, restore
+from qvit_jax.experiment import calibration, foreign, restore
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.dgd import dgd_loss
@@ -303,7 +303,14 @@ def _of_run(student: Experiment, path: str):
     for name in ('mean', 'std')
     if there[f'data.{name}'] != list(student.config.data[name])
   ]
-  if metadata['class_names'] != list(student.data.class_names):
+  there, here = metadata['class_names'], list(student.data.class_names)
+  if there != here:
+    order, _ = weights.order_of(there, here)
+    if order not in (None, list(range(len(here)))):
+      raise ConfigError(
+        'it knows the same classes in another order, so its outputs would '
+        'teach the wrong ones; give a teacher trained on this data set'
+      )
     notes.append('note: its classes have other names than those here')
   return own, variables, digest, [f'{origin}, digests verified', *notes]
 
@@ -318,6 +325,10 @@ def _of_weights(student: Experiment, path: str):
   own = _own_experiment(student, fields)
   taken, report = weights.read_weights(local, own.model.shapes['params'])
   report.notes += restore.compare_facts(report, own.config)
+  foreign.put_classes_in_order(
+    taken, report, config, student.data.class_names,
+    must_agree=config.train.distill != 'none',
+  )  # fmt: skip
   if report.reinitialised:
     raise WeightsError(
       f'it brings no {", ".join(report.reinitialised)} for '

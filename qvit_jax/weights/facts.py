@@ -221,27 +221,32 @@ def is_placeholder(label: int, name: str) -> bool:
 def order_of(
   there: Sequence[str], here: Sequence[str]
 ) -> tuple[list[int] | None, str]:
-  """Returns which label there each class here has, and what differs.
+  """Returns which output there each label here has, and what differs.
 
   Names are compared without regard to case, spaces, dashes and underscores.
+  Outputs of classes that the data does not have come last.
 
   Args:
     there: Names by label of the weights.
     here: Names by label of the data.
 
   Returns:
-    (labels there, '') or, where the names are not the same ones, (None, text).
+    (outputs there, '') or, where a name is not found, (None, text).
   """
-  if list(there) == list(here):
-    return list(range(len(here))), ''
-  mine, theirs = [_plain(n) for n in here], [_plain(n) for n in there]
-  if sorted(mine) == sorted(theirs) and len({*mine}) == len(mine):
-    return [theirs.index(name) for name in mine], ''
-  if len(there) != len(here):
+  every = list(range(len(there)))
+  if list(there[: len(here)]) == list(here):
+    return every, ''
+  theirs = [_plain(name) for name in there]
+  mine = [_plain(name) for name in here]
+  if {*mine} <= {*theirs} and len({*theirs}) == len(theirs):
+    first = [theirs.index(name) for name in mine]
+    if len({*first}) == len(first):
+      return [*first, *(i for i in every if i not in {*first})], ''
+  if len(there) < len(here):
     return None, f'{len(there)} classes there, {len(here)} here'
-  for label, (one, other) in enumerate(zip(there, here, strict=True)):
-    if _plain(one) != _plain(other):
-      return None, f'label {label} is {one!r} there, {other!r} here'
+  for label, name in enumerate(here):
+    if mine[label] not in theirs:
+      return None, f'no class is {name!r} there (label {label} here)'
   return None, 'some names stand twice'
 
 

@@ -401,6 +401,8 @@ def test_class_names_are_facts_and_placeholders_are_not(
     (['a', 'b'], ['a', 'c'], None),
     (['a', 'a', 'b'], ['b', 'a', 'a'], None),
     (['a', 'b'], ['a', 'b', 'c'], None),
+    (['x', 'dog', 'cat'], ['cat', 'dog'], [2, 1, 0]),
+    (['a', 'b'], ['A', 'a'], None),
   ],
 )
 def test_classes_are_put_in_order_by_name(there, here, order):
