@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from qvit_jax.data import batches, digits, folder_source, listing, preprocess
 from qvit_jax.data.decode import BadFiles, printable, read_image
@@ -23,6 +24,9 @@ class Data:
     class_names: In label order.
     description: One line for the header of a run.
     notes: More lines: what was left out, what was held out.
+    name: Of the set.
+    eval_split: Name of the evaluated split, with its share.
+    eval_digest: Returns the digest of what is evaluated; see `evaluated`.
     digest: Of the files' names and labels; '' where there are no files.
     bad_files: What could not be decoded so far.
   """
@@ -32,8 +36,23 @@ class Data:
   class_names: tuple[str, ...]
   description: str
   notes: Sequence[str] = ()
+  name: str = ''
+  eval_split: str = ''
+  eval_digest: Callable[[], str] = lambda: ''
   digest: str = ''
   bad_files: BadFiles = dataclasses.field(default_factory=lambda: BadFiles(0))
+
+  @functools.cached_property
+  def evaluated(self) -> dict[str, Any]:
+    """What a number of this evaluation split is of: {'split', 'data'}.
+
+    `data` is {'name', 'digest'}: 16 hex digits of the pixels and labels of the
+    digits; of names, labels and sizes of the files of a folder; of name,
+    version and records of a TFDS set. Other splits, shares and limits have
+    other digests.
+    """
+    data = {'name': self.name, 'digest': self.eval_digest()}
+    return {'split': self.eval_split, 'data': data}
 
 
 def open_data(config, *, training: bool) -> Data:
@@ -91,6 +110,7 @@ def _open_digits(config, training: bool) -> Data:
   return _resident(
       config, 'digits', names, splits[wanted[0]] if training else None,
       splits[wanted[1]],
+      lambda evaluation: batches.digest(evaluation.images, evaluation.labels),
   )  # fmt: skip
 
 
@@ -101,13 +121,16 @@ def _open_tfds(config, training: bool) -> Data:
   names = tfds_source.classes(builder)
   _check_classes(config, data.name, names)
   limit = config.eval.num_examples
+  identify = lambda split: tfds_source.digest(
+    builder, data.eval_split, split.size
+  )
   train = tfds_source.read(builder, data.train_split) if training else None
   evaluation = tfds_source.read(builder, data.eval_split)
   shape = tfds_source.image_shape(builder)
   if shape and _fits(data, shape, train, evaluation):
     return _resident(
         config, data.name, names, tfds_source.load(*train) if train else None,
-        tfds_source.load(*evaluation, limit=limit),
+        tfds_source.load(*evaluation, limit=limit), identify,
     )  # fmt: skip
 
   def streamed(records, image, label, limit=0):
@@ -123,7 +146,11 @@ def _open_tfds(config, training: bool) -> Data:
 
   train = streamed(*train) if training else None
   evaluation = streamed(*evaluation, limit=limit)
-  return Data(train, evaluation, names, _describe(data.name, train, evaluation))
+  return Data(
+      train, evaluation, names, _describe(data.name, train, evaluation),
+      name=data.name, eval_split=data.eval_split,
+      eval_digest=functools.partial(identify, evaluation),
+  )  # fmt: skip
 
 
 def _folder_splits(data) -> tuple[str, str, list[str]]:
@@ -156,7 +183,9 @@ def _open_folder(config, training: bool) -> Data:
   return Data(
       train, evaluation, folder.class_names,
       f'{described}, {len(folder.class_names)} classes',
-      notes=(*notes, *folder.notes), digest=listing.digest(parts),
+      notes=(*notes, *folder.notes), name=printable(name),
+      eval_split=splits[1], digest=listing.digest(parts),
+      eval_digest=functools.partial(listing.digest_sizes, parts[-1]),
       bad_files=bad_files,
   )  # fmt: skip
 
@@ -184,6 +213,7 @@ def open_images(config, class_names: Sequence[str]) -> Data:
   return Data(
       None, split, tuple(class_names),
       f'{len(files):,} images of {printable(path)}', notes=notes,
+      name=printable(path),
       bad_files=bad_files,
   )  # fmt: skip
 
@@ -211,7 +241,7 @@ def _fits(data, shape, train, evaluation) -> bool:
   return count * pixels <= data.resident_mib * 2**20
 
 
-def _resident(config, name, class_names, train, evaluation) -> Data:
+def _resident(config, name, class_names, train, evaluation, identify) -> Data:
   _check_classes(config, name, class_names)
   limit = config.eval.num_examples or None
   evaluation = batches.ResidentSplit(*(part[:limit] for part in evaluation))
@@ -219,8 +249,10 @@ def _resident(config, name, class_names, train, evaluation) -> Data:
   for split in filter(None, (train, evaluation)):
     batches.check_labels(split.labels, config.model.num_classes)
   return Data(
-    train, evaluation, class_names, _describe(name, train, evaluation)
-  )
+      train, evaluation, class_names, _describe(name, train, evaluation),
+      name=name, eval_split=config.data.eval_split,
+      eval_digest=functools.partial(identify, evaluation),
+  )  # fmt: skip
 
 
 def _check_classes(config, name: str, class_names: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ jitted step.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,15 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
       f'model.num_classes={num_classes} allows 0 to {num_classes - 1}; set '
       f'--config.model.num_classes={labels.max() + 1}'
     )
+
+
+def digest(*arrays: np.ndarray) -> str:
+  """Returns 16 hex digits of the shapes and values of arrays."""
+  found = hashlib.sha256()
+  for array in arrays:
+    found.update(f'{array.dtype} {array.shape}'.encode())
+    found.update(np.ascontiguousarray(array))
+  return found.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

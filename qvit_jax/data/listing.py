@@ -83,6 +83,25 @@ def digest(parts: Iterable[Files]) -> str:
   return found.hexdigest()[:16]
 
 
+def digest_sizes(files: Files) -> str:
+  """Returns 16 hex digits of the names, labels and sizes of files.
+
+  Raises:
+    DataError: One of them has gone.
+  """
+  sizes = []
+  for name in files.names:
+    try:
+      sizes.append(os.stat(os.path.join(files.root, name)).st_size)
+    except OSError as error:
+      raise DataError(
+        f'{printable(name)} of {printable(files.root)} cannot be read '
+        f'({error.strerror}); bring it back, or run the same command again'
+      ) from error
+  found = digest([files]).encode() + np.array(sizes, np.int64).tobytes()
+  return hashlib.sha256(found).hexdigest()[:16]
+
+
 def check_folder(field: str, directory: str) -> None:
   """Raises DataError where a config field names no folder with something in."""
   if not os.path.isdir(directory):

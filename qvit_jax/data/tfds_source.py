@@ -4,6 +4,7 @@
 preparing a set needs TensorFlow and the network.
 """
 
+import hashlib
 import os
 import socket
 import threading
@@ -71,6 +72,22 @@ def read(builder, split: str) -> tuple:
       f'split {split!r} of {builder.info.name} is empty; choose another'
     )
   return source, image, label
+
+
+def digest(builder, split: str, size: int) -> str:
+  """Returns 16 hex digits of name, version and the records of a split.
+
+  Args:
+    builder: Of the set.
+    split: Its name, maybe with a share.
+    size: How many examples of it are read.
+  """
+  files = [
+    f'{os.path.basename(one.filename)} {one.skip} {one.take}'
+    for one in builder.info.splits[split].file_instructions
+  ]
+  text = '\n'.join([builder.info.full_name, str(size), *files])
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def classes(builder) -> tuple[str, ...]:

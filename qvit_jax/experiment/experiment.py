@@ -334,7 +334,10 @@ class Experiment:
       yield sharding.place_batch(host, self.mesh, batch, rows)
 
   def make_evaluator(self) -> Callable[..., dict[str, Any]]:
-    """Returns evaluate(variables, poll) -> metrics over the whole split."""
+    """Returns evaluate(variables, poll) -> metrics over the whole split.
+
+    They name what they are of: `split` and `data`.
+    """
     data, size = self.config.data, self.config.model.image_size
     step = jax.jit(
       evaluate_lib.make_eval_step(
@@ -351,10 +354,11 @@ class Experiment:
 
     def evaluate(variables, poll=lambda: None):
       sums = EvalSums.zeros(self.config.model.num_classes)
-      return evaluate_lib.evaluate(
+      metrics = evaluate_lib.evaluate(
           step, variables, source, self.eval_batches(), self.replicate(sums),
           poll=poll,
       )  # fmt: skip
+      return self.data.evaluated | metrics
 
     return evaluate
 

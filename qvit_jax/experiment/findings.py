@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,16 +121,45 @@ def histograms(
   return found
 
 
-def qat_row(path: str, num_classes: int) -> dict[str, Any]:
-  """Returns the evaluated model of a training run's results.json."""
+def qat_row(
+  path: str, config: Any, evaluated: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the evaluated model of a training run's results.json.
+
+  Args:
+    path: Its workdir.
+    config: Of the table.
+    evaluated: What the table's numbers are of; see `Data.evaluated`.
+
+  Raises:
+    ConfigError: There is none, or its numbers are of other images.
+  """
+  num_classes = config.model.num_classes
   place = pathlib.Path(path) / 'results.json'
   try:
     found = json.loads(place.read_text(encoding='utf-8'))['baseline']
     if found['method'] == 'none' or len(found['confusion']) != num_classes:
       raise ValueError(path)
-    return {**found, 'name': pathlib.Path(path).name}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
       f'ptq.qat_runs: {path!r} holds no results.json of a quantization-aware '
       f'training with {num_classes} classes; give workdirs of --mode=train'
     ) from error
+  if any(found.get(key) != value for key, value in evaluated.items()):
+    split = shlex.quote(evaluated['split'])
+    raise ConfigError(
+      f'ptq.qat_runs: the numbers of {path!r} are of {_images(found)}, those '
+      f'of this table of {_images(evaluated)}; evaluate the run on the same '
+      f'(--mode=eval --workdir={shlex.quote(path)} --config.data.eval_split='
+      f'{split} --config.eval.num_examples={config.eval.num_examples}) or '
+      'leave it out'
+    )
+  return {**found, 'name': pathlib.Path(path).name}
+
+
+def _images(row: Mapping[str, Any]) -> str:
+  """Returns which images the numbers of a row are of."""
+  if not row.get('split'):
+    return 'images that it does not name (an older version wrote it)'
+  data = row['data']
+  return f'split {row["split"]!r} of {data["name"]} (digest {data["digest"]})'

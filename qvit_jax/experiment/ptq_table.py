@@ -71,7 +71,7 @@ class Table:
     self.sites = experiment.model.plan.sites
     self.stream = models.stream(config)
     self.qat = [
-      findings.qat_row(path, config.model.num_classes)
+      findings.qat_row(path, config, experiment.data.evaluated)
       for path in config.ptq.qat_runs
     ]
     # Points of accuracy against bits by training, of whoever measured them.
@@ -168,6 +168,8 @@ class Table:
     # More of them may be asked for later.
     for field in ('rows', 'qat_runs', 'qat_specs', 'qat_recipe', 'qat_seeds'):
       config['ptq'].pop(field)
+    data = self.experiment.data  # files change, and TFDS sets
+    config |= {'evaluated': data.evaluated, 'files': data.digest}
     return report.config_digest(config)
 
   def _write(self, baseline, rows) -> dict[str, Any]:
@@ -180,7 +182,6 @@ class Table:
       'row_digest': self._row_digest(),
       'weights_digest': self._digest,
       'model': self.experiment.model.title,
-      'data': self.experiment.data.description,
       'class_names': list(self.experiment.data.class_names),
       'qat': self.qat,
       'curve': self.curve,
@@ -319,6 +320,7 @@ class Table:
     sites = self._site_rows(row, packed)
     return report.make_row(
       name=row.name,
+      **self.experiment.data.evaluated,
       method=row.method,
       weight_bits=row.weights or packed.plan.bits('weights'),
       act_bits=row.acts or packed.plan.bits('acts'),

@@ -27,6 +27,11 @@ _INERT_SECTIONS = ('weights', 'checkpoint', 'ptq', 'export', 'log', 'mesh')
 _INERT_FIELDS = (
   'data.dir', 'data.workers', 'data.resident_mib', 'eval.batch_size',
 )  # fmt: skip
+# What says which images are evaluated, beside the folder.
+_EVALUATED = (
+  'data.source', 'data.name', 'data.eval_split', 'data.holdout',
+  'eval.num_examples',
+)  # fmt: skip
 _RECORD = 'point.json'
 _STEM = 'patch_embed'
 
@@ -120,6 +125,7 @@ def measure(
   place: pathlib.Path,
   train: Callable[[Any, str], None],
   say: Callable[[str], None],
+  evaluated: dict[str, Any],
 ) -> list[dict[str, Any]]:
   """Trains what is not finished yet; returns the point of every run.
 
@@ -130,9 +136,10 @@ def measure(
     place: The table's workdir; runs lie in `place`/qat.
     train: --mode=train; goes on where its workdir stopped.
     say: Prints a line.
+    evaluated: What the table's numbers are of; see `Data.evaluated`.
 
   Raises:
-    ConfigError: `place`/qat holds a run of other settings or other weights.
+    ConfigError: `place`/qat holds a run of other settings, weights or images.
     Preempted: A signal came; the run is saved.
   """
   digest = calibration.digest(params)
@@ -144,6 +151,14 @@ def measure(
         f'{run.spec} of PTQ does not have'
       )
   records = [_record(place / 'qat' / run.name, run, digest) for run in runs]
+  for run, record in zip(runs, records, strict=True):
+    of = record['point'] or {}
+    if any(of.get(key) not in (None, evaluated[key]) for key in evaluated):
+      raise ConfigError(
+        f'{place / "qat" / run.name} was evaluated on other images than '
+        f'{evaluated["split"]!r} of {evaluated["data"]["name"]} has now; '
+        'delete that folder or choose another workdir'
+      )
   points = []
   for index, (run, record) in enumerate(zip(runs, records, strict=True)):
     here, own = place / 'qat' / run.name, run.config
@@ -222,13 +237,27 @@ def _absolute(path: str) -> str:
   return str(pathlib.Path(path).expanduser().absolute()) if is_local else path
 
 
-def given(paths: Sequence[str]) -> list[dict[str, Any]]:
+def _reads_alike(run: dict[str, Any], config: Any) -> bool:
+  """Returns whether a run evaluated what a config evaluates."""
+  here = config_lib.flatten(config_lib.to_json(config))
+  there = config_lib.flatten(run)
+  return all(there.get(name) == here[name] for name in _EVALUATED)
+
+
+def given(
+  paths: Sequence[str],
+  *,
+  config: Any = None,
+  say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
   """Returns the points of finished training runs: last and best evaluation.
 
   A workdir without config.json or metrics.jsonl has none.
 
   Args:
     paths: Workdirs whose results.json is that of a quantized training.
+    config: Of the table; points of other splits are left out, with a note.
+    say: Prints a line.
   """
   points = []
   for path in paths:
@@ -240,14 +269,20 @@ def given(paths: Sequence[str]) -> list[dict[str, Any]]:
       ]
     except FileNotFoundError:
       continue
-    row, config = json.loads(texts[0])['baseline'], json.loads(texts[1])
+    row, trained = json.loads(texts[0])['baseline'], json.loads(texts[1])
     lines = [json.loads(line) for line in texts[2].splitlines()]
     evaluations = [line for line in lines if line['split'] == 'eval']
     if not evaluations:
       continue
+    if config and not _reads_alike(trained, config):
+      say(
+        f'note: {path} was trained beside another evaluation split, so it has '
+        'no point on the curve'
+      )
+      continue
     last = evaluations[-1]
     best = max(evaluations, key=lambda line: (line['top1'], line['step']))
-    settings, quant = _settings(config), config['quant']
+    settings, quant = _settings(trained), trained['quant']
     along = ['seed', 'quant.default']  # what differs along a curve
     if quant['default'].endswith(quant['attention']):
       along.append('quant.attention')
@@ -258,13 +293,14 @@ def given(paths: Sequence[str]) -> list[dict[str, Any]]:
     settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
     # Runs that began with other weights are no seeds of one training.
     for section in ('weights', 'checkpoint'):
-      settings[f'{section}.path'] = _absolute(config[section]['path'])
+      settings[f'{section}.path'] = _absolute(trained[section]['path'])
     points.append(
       {
         'name': place.name,
         'spec': quant['default'],
         'recipe': quant['recipe'],
-        'seed': config['seed'],
+        **{key: row.get(key) for key in report.OF},
+        'seed': trained['seed'],
         'settings': report.config_digest(settings)[:8],
         'weight_bits': row['weight_bits'],
         'act_bits': row['act_bits'],

@@ -1,6 +1,7 @@
 """What a training starts from: its checkpoint, a run, weights."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ _FIXED = (
   'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
   'quant.recipe', 'quant.zero_point', 'quant.irm', 'quant.hadamard',
 )  # fmt: skip
+# Where one of them changed, other images may be evaluated.
+_EVALUATED = {
+  'data.train_split', 'data.eval_split', 'data.holdout', 'eval.num_examples',
+}  # fmt: skip
 
 
 def initial_state(
@@ -199,7 +204,38 @@ def _resume(
   ]
   if metadata.get('data_digest', '') != experiment.data.digest:
     lines.append('changed since: the files of the data set')
-  return state, Progress(**metadata['progress']), lines
+  progress = Progress(**metadata['progress'])
+  lines += _forget_other_data(experiment.data.evaluated, progress, changed)
+  return state, progress, lines
+
+
+def _forget_other_data(
+  here: dict[str, Any], progress: Progress, changed: Sequence[str]
+) -> list[str]:
+  """Drops the best evaluation where it was of other images; returns lines.
+
+  Args:
+    here: What is evaluated now; see `Data.evaluated`.
+    progress: Of the run so far; changed.
+    changed: The fields that differ from those of the run so far.
+  """
+  best = progress.best
+  if not best:
+    return []
+  if 'split' in best:
+    is_other = any(best[key] != here[key] for key in here)
+  else:  # of an older version
+    is_other = bool(_EVALUATED & {*changed})
+  progress.best = {**here, **best}
+  if not is_other:
+    return []
+  progress.best, progress.best_step = None, None
+  progress.stale, progress.evaluated_step = 0, 0
+  return [
+    f'the best evaluation so far (top1 {best["top1"]:.4f}) was of other '
+    f'images than {here["split"]!r} of {here["data"]["name"]} is now: the '
+    'best is looked for anew'
+  ]
 
 
 def check_teacher(experiment: Experiment, progress: Progress) -> None:

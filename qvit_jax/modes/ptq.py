@@ -33,12 +33,13 @@ def ptq(config: Any, workdir: str) -> None:
     table = ptq_table.Table(experiment, params, place, say)
     table.curve = qat_runs.measure(
         runs, config, params=params, place=place, say=say,
+        evaluated=experiment.data.evaluated,
         train=functools.partial(train, data=experiment.data),
     )  # fmt: skip
     own = {(place / 'qat' / run.name).resolve() for run in runs}
     table.curve += qat_runs.given([  # no run is a seed twice
         path for path in config.ptq.qat_runs
         if pathlib.Path(path).resolve() not in own
-    ])  # fmt: skip
+    ], config=config, say=say)  # fmt: skip
     rows = table.run()
     say(f'{len(rows)} rows; results in {place / "results.json"}')

@@ -10,13 +10,15 @@ import jax
 
 # Every row has every key; what was not measured is null.
 _KEYS = (
-    'name', 'method', 'weight_bits', 'act_bits', 'loss', 'top1', 'top5',
-    'f1_macro', 'num_examples', 'size_bytes', 'compression', 'bops', 'macs',
-    'latency_ms', 'images_per_second', 'speedup', 'peak_memory_bytes',
-    'execution', 'why', 'per_class_top1', 'confusion', 'agreement', 'sqnr_db',
-    'artifact_bytes', 'seconds', 'speedup_bf16', 'collapsed', 'suspects',
-    'classes_predicted', 'sites',
+    'name', 'split', 'data', 'method', 'weight_bits', 'act_bits', 'loss',
+    'top1', 'top5', 'f1_macro', 'num_examples', 'size_bytes', 'compression',
+    'bops', 'macs', 'latency_ms', 'images_per_second', 'speedup',
+    'peak_memory_bytes', 'execution', 'why', 'per_class_top1', 'confusion',
+    'agreement', 'sqnr_db', 'artifact_bytes', 'seconds', 'speedup_bf16',
+    'collapsed', 'suspects', 'classes_predicted', 'sites',
 )  # fmt: skip
+# What the numbers of a row are of.
+OF = ('split', 'data', 'num_examples')
 _PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'aqtp', 'numpy',
 )  # fmt: skip
@@ -33,10 +35,19 @@ def make_row(**measured: Any) -> dict[str, Any]:
 def results(
   config: dict[str, Any], baseline: dict[str, Any], rows: list[dict]
 ) -> dict[str, Any]:
-  """Returns the content of results.json."""
+  """Returns the content of results.json.
+
+  Raises:
+    ValueError: The rows are not all of the same images.
+  """
+  subject = {key: baseline[key] for key in OF}
+  for row in rows:
+    if any(row[key] != subject[key] for key in OF):
+      raise ValueError(f'row {row["name"]} is of other data than the baseline')
   return {
     'environment': environment(),
     'config_digest': config_digest(config),
+    **subject,
     'baseline': baseline,
     'rows': rows,
   }
