@@ -5,22 +5,34 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
-# Before JAX is imported anywhere. The compiled programs of a session are kept
-# for the processes and tests that need the same ones again.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp())
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
-# Most of the time goes into compiling models that then run for milliseconds.
-# XLA_FLAGS='' before pytest tests what users get; do so before a release.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
+
+# Before JAX is imported anywhere. Compiled programs are kept for the processes,
+# tests and sessions that need the same ones again; --cache-clear forgets them.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'd' / 'programs')
+)  # fmt: skip
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+# Most of the time goes into compiling models that then run for milliseconds;
+# without these passes it is a third. XLA_FLAGS='' before pytest tests what
+# users get; do so before a release.
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+    '--xla_cpu_parallel_codegen_split_count=1',
+)  # fmt: skip
+
+# For a process of its own, whose CPU then counts as eight devices.
+EIGHT_DEVICES = {
+  'XLA_FLAGS': os.environ['XLA_FLAGS']
+  + ' --xla_force_host_platform_device_count=8'
+}
 
 
 def make_digits_config():
@@ -78,8 +90,28 @@ def peak_bytes():
   return int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024
 
 
+@pytest.fixture
+def call_main(capsys, monkeypatch):
+  """Returns call(*flags): `run_main` without a process of its own."""
+  import main
+
+  monkeypatch.setattr(sys, 'argv', sys.argv)  # main sets it
+  monkeypatch.chdir(ROOT)
+
+  def call(*flags):
+    capsys.readouterr()
+    code = main.main(['main.py', *map(str, flags)])
+    return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
+
+  return call
+
+
 def run_main(*flags, env=None, timeout=600):
-  """Runs main.py in a process of its own; returns the finished process."""
+  """Runs main.py in a process of its own; returns the finished process.
+
+  That takes some ten seconds. It is for what only a process shows: signals,
+  devices, what threads and libraries print; `call_main` is for the rest.
+  """
   return subprocess.run(
     [sys.executable, 'main.py', *map(str, flags)],
     cwd=ROOT,

@@ -6,26 +6,23 @@ import sys
 
 import pytest
 
-import main
 from qvit_jax.store import files
-from tests.conftest import ROOT, TINY, run_main
+from tests.conftest import EIGHT_DEVICES, ROOT, TINY, run_main
 
 DIGITS = '--config=configs/vit_ti_digits_w4a4.py'
 HEADLINE = '--config=configs/vit_l_cifar100_w4a4.py'
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
+def call(call_main, monkeypatch, tmp_path):
   """Returns call(*flags) -> (exit code, stderr); a workdir is added."""
-  monkeypatch.setattr(sys, 'argv', sys.argv)  # main sets it
-  monkeypatch.chdir(ROOT)
   # TFDS looks where a test says, not where this machine has its data.
   monkeypatch.delenv('TFDS_DATA_DIR', raising=False)
 
   def run(*flags, workdir=tmp_path / 'run'):
     place = [f'--workdir={workdir}'] if workdir else []
-    code = main.main(['main.py', *map(str, flags), *place])
-    return code, capsys.readouterr().err
+    done = call_main(*flags, *place)
+    return done.returncode, done.stderr
 
   return run
 
@@ -161,7 +158,7 @@ def test_a_batch_that_eight_devices_cannot_share_is_refused(tmp_path):
     *TINY,
     '--config.train.batch_size=12',
     f'--workdir={tmp_path}',
-    env={'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    env=EIGHT_DEVICES,
   )
   check_mistake(
     (done.returncode, done.stderr),

@@ -27,7 +27,7 @@ from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training import loop, losses
 from qvit_jax.training.pca import principal_directions
 from tests import reference
-from tests.conftest import ROOT, make_digits_config
+from tests.conftest import EIGHT_DEVICES, ROOT, make_digits_config
 
 
 def normal(*shape, seed=0):
@@ -591,11 +591,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
   fields = {'train.teacher': str(tmp_path / 'teacher'),
             'train.feature_weight': 1.0, 'quant.dgd': 0.1}  # fmt: skip
   modes.run('train', make_sharded_config(fields), str(tmp_path / 'one'))
-  env = {
-    **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'PYTHONPATH': str(ROOT),
-  }
+  env = {**os.environ, **EIGHT_DEVICES, 'PYTHONPATH': str(ROOT)}
   done = subprocess.run(
     [sys.executable, '-c', _SHARDED, str(tmp_path / 'teacher'),
      str(tmp_path / 'eight')],

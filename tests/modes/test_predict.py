@@ -17,7 +17,7 @@ from qvit_jax.experiment import subject
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.store import adapters, artifacts
 from tests import small_models
-from tests.conftest import make_digits_config, run_main
+from tests.conftest import make_digits_config
 from tests.data.test_folder import make_folder, noise, save
 
 
@@ -262,9 +262,9 @@ def test_an_interrupted_run_leaves_the_old_file(trained, tmp_path, monkeypatch):
   assert (trained / 'predictions.jsonl').read_bytes() == before
 
 
-def test_the_command_line_predicts(trained, tmp_path):
+def test_the_command_line_predicts(call_main, trained, tmp_path):
   save(tmp_path / 'x.png', noise())
-  done = run_main(
+  done = call_main(
     '--config=configs/vit_ti_digits_w4a4.py', '--mode=predict',
     '--config.quant.recipe=none', '--config.model.patch=4',
     '--config.model.width=16', '--config.model.depth=1',

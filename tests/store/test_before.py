@@ -58,7 +58,10 @@ def loss_of(fields, place):
 def test_it_evaluates_as_before(before, tmp_path, name):
   fields, file = CASES[name]
   fields = fields | {'checkpoint.path': str(before / file)}
-  assert loss_of(fields, tmp_path) == pytest.approx(LOSSES[name], rel=1e-6)
+  # At 4 bits one activation that a compiler's other order of operations rounds
+  # to the other side is seen.
+  rel = 1e-4 if name.startswith('ptq/w4') else 1e-6
+  assert loss_of(fields, tmp_path) == pytest.approx(LOSSES[name], rel=rel)
 
 
 def test_an_adapter_file_lies_on_its_base_as_before(before, tmp_path):

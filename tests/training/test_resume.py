@@ -60,7 +60,7 @@ def rich_config(recipe='aqt'):
   return config
 
 
-def stop_after(monkeypatch, step):
+def stop_after(monkeypatch, step, number=signal.SIGTERM):
   """Raises the flag of a signal once `step` updates are done."""
   agreed = loop.StopFlag.agreed
   calls = []
@@ -68,7 +68,7 @@ def stop_after(monkeypatch, step):
   def patched(flag):
     calls.append(flag)
     if len(calls) == step:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), number)
     return agreed(flag)
 
   monkeypatch.setattr(loop.StopFlag, 'agreed', patched)
@@ -286,19 +286,28 @@ def undisturbed(tmp_path_factory):
   return workdir
 
 
-def test_signals_save_and_exit_with_75(undisturbed, tmp_path):
-  for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    process = start(tmp_path)
-    wait_for_training(process)
-    process.send_signal(number)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 75, out
-    name = signal.Signals(number).name
-    stop = re.search(rf'stopped by {name} after step (\d+); everything', out)
-    assert stop, out
-    assert end_state(tmp_path)[0] == int(stop[1])
-    assert f'Go on with: python main.py {FLAGS[0]}' in out
-  done = run_main(*FLAGS, f'--workdir={tmp_path}')
+@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGINT])
+def test_other_signals_save_too(tmp_path, monkeypatch, call_main, number):
+  stop_after(monkeypatch, 1, number)
+  done = call_main(*FLAGS, f'--workdir={tmp_path}')
+  assert done.returncode == 75, done.stderr
+  name = signal.Signals(number).name
+  assert f'stopped by {name} after step 1; everything' in done.stdout
+  assert f'Go on with: python main.py {FLAGS[0]}' in done.stdout
+  assert end_state(tmp_path)[0] == 1
+
+
+def test_a_signal_saves_and_exits_with_75(undisturbed, tmp_path, call_main):
+  process = start(tmp_path)
+  wait_for_training(process)
+  process.send_signal(signal.SIGTERM)
+  out = process.communicate(timeout=120)[0]
+  assert process.returncode == 75, out
+  stop = re.search(r'stopped by SIGTERM after step (\d+); everything', out)
+  assert stop, out
+  assert end_state(tmp_path)[0] == int(stop[1])
+  assert f'Go on with: python main.py {FLAGS[0]}' in out
+  done = call_main(*FLAGS, f'--workdir={tmp_path}')
   assert done.returncode == 0, done.stderr
   assert f'resuming at step {stop[1]}' in done.stdout
   assert end_state(tmp_path) == end_state(undisturbed)

@@ -12,7 +12,7 @@ import pytest
 
 from qvit_jax import modes
 from qvit_jax.store.checkpoint import Checkpoints
-from tests.conftest import ROOT, TINY, run_main
+from tests.conftest import EIGHT_DEVICES, ROOT, TINY, run_main
 
 # Runs modes.run for each (name, overrides) it is given, in one process.
 _SCRIPT = """
@@ -45,11 +45,7 @@ def on_eight(folder, recipes, left_out=()):
     for mesh, axes in MESHES.items()
     if (recipe, mesh) not in left_out
   }
-  env = {
-    **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'PYTHONPATH': str(ROOT),
-  }
+  env = {**os.environ, **EIGHT_DEVICES, 'PYTHONPATH': str(ROOT)}
   done = subprocess.run(
     [sys.executable, '-c', _SCRIPT, str(folder), json.dumps(runs)],
     env=env,
@@ -167,11 +163,7 @@ for tree in (state.variables, state.opt_state[0].mu):
   x = block(tree)['mlp']['fc1']['kernel']
   print('fc1', x.shape, 'shard', x.addressable_shards[0].data.shape)
 """
-  env = {
-    **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'PYTHONPATH': str(ROOT),
-  }
+  env = {**os.environ, **EIGHT_DEVICES, 'PYTHONPATH': str(ROOT)}
   out = subprocess.run(
     [sys.executable, '-c', code], env=env, cwd=ROOT, text=True,
     capture_output=True, timeout=300, check=True,

@@ -248,8 +248,11 @@ def test_vit_loss_equals_the_reference():
   expected = reference.cross_entropy(logits, np.eye(CLASSES)[labels], 0.1)
   (state,), (tick,) = trainer.run()
   assert tick['loss'] == pytest.approx(expected, rel=1e-5)
-  everything = set(tree.flatten(trainer.variables))
-  assert changed(trainer.variables, state.variables) == everything
+  still = set(tree.flatten(trainer.variables)) - changed(
+    trainer.variables, state.variables
+  )
+  # A softmax sees no constant: that gradient is zero but for rounding.
+  assert still <= {'params/encoder/block_00/attn/key/bias'}
 
 
 # Randomness.

@@ -188,10 +188,12 @@ def test_nothing_to_export_is_said(config, tmp_path):
 @pytest.mark.parametrize(
   'content', [b'<!DOCTYPE html>', b'\x80\x02}q\x00.', b'PK\x05\x06junk']
 )
-def test_a_false_file_is_one_line_and_exit_code_2(tmp_path, content):
+def test_a_false_file_is_one_line_and_exit_code_2(
+  call_main, tmp_path, content
+):
   path = tmp_path / 'weights.pth'
   path.write_bytes(content)
-  done = run_main(
+  done = call_main(
     *TINY, f'--config.weights.path={path}', f'--workdir={tmp_path / "run"}'
   )
   assert done.returncode == 2
@@ -205,14 +207,22 @@ SHA = '0123456789abcdef0123456789abcdef01234567'
 
 
 @pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-  """A cache that holds somebody/tiny-vit at the commit SHA."""
+def empty_cache(tmp_path, monkeypatch):
+  """As HF_HUB_CACHE and HF_HUB_OFFLINE=1, which are read on import."""
+  constants = pytest.importorskip('huggingface_hub.constants')
   cache = tmp_path / 'hub'
-  model = cache / 'models--somebody--tiny-vit'
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(cache))
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  return cache
+
+
+@pytest.fixture
+def hub_cache(empty_cache):
+  """A cache that holds somebody/tiny-vit at the commit SHA."""
+  model = empty_cache / 'models--somebody--tiny-vit'
   (model / 'refs').mkdir(parents=True)
   (model / 'refs' / 'main').write_text(SHA)
   shutil.copytree(FIXTURES / 'hf_vit', model / 'snapshots' / SHA)
-  return {'HF_HUB_CACHE': str(cache), 'HF_HUB_OFFLINE': '1'}
 
 
 SMALL = (
@@ -223,10 +233,12 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_the_cache_is_used_and_the_commit_pinned(hub_cache, tmp_path):
+def test_the_cache_is_used_and_the_commit_pinned(
+  hub_cache, call_main, tmp_path
+):
   flags = (*SMALL, '--config.weights.path=hf://somebody/tiny-vit')
   workdir = tmp_path / 'run'
-  done = run_main(*flags, f'--workdir={workdir}', env=hub_cache)
+  done = call_main(*flags, f'--workdir={workdir}')
   assert done.returncode == 0, done.stderr
   assert 'HuggingFace ViT layout' in done.stdout
   pinned = f'hf://somebody/tiny-vit@{SHA}'
@@ -235,8 +247,8 @@ def test_the_cache_is_used_and_the_commit_pinned(hub_cache, tmp_path):
   metadata = Checkpoints(workdir / 'checkpoints', writer=False).metadata(2)
   assert metadata['config']['weights']['path'] == pinned
   # The same command goes on, although the config names no commit.
-  more = run_main(
-    *flags, '--config.train.steps=4', f'--workdir={workdir}', env=hub_cache
+  more = call_main(
+    *flags, '--config.train.steps=4', f'--workdir={workdir}'
   )
   assert more.returncode == 0, more.stderr
   assert 'resuming at step 2' in more.stdout
@@ -245,11 +257,12 @@ def test_the_cache_is_used_and_the_commit_pinned(hub_cache, tmp_path):
   assert saved['weights']['path'] == pinned
 
 
-def test_without_network_and_cache_it_says_what_to_fetch(tmp_path):
-  env = {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'}
+def test_without_network_and_cache_it_says_what_to_fetch(
+  empty_cache, call_main, tmp_path
+):
   flags = (*SMALL, f'--workdir={tmp_path / "run"}')
   path = '--config.weights.path=hf://somebody/tiny-vit'
-  done = run_main(*flags, path, env=env)
+  done = call_main(*flags, path)
   assert done.returncode == 2
   assert done.stderr.count('\n') == 1, done.stderr
   for part in (
@@ -257,7 +270,7 @@ def test_without_network_and_cache_it_says_what_to_fetch(tmp_path):
     '--config.weights.path=FOLDER',
   ):  # fmt: skip
     assert part in done.stderr
-  done = run_main(*flags, path, '--config.weights.required=false', env=env)
+  done = call_main(*flags, path, '--config.weights.required=false')
   assert done.returncode == 0, done.stderr
   assert 'NOT PRETRAINED: ' in done.stdout
   assert 'because weights.required is False' in done.stdout
