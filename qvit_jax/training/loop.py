@@ -18,6 +18,7 @@ from qvit_jax import tree
 from qvit_jax.errors import DivergedError, Preempted
 from qvit_jax.evaluation import devices
 from qvit_jax.store.checkpoint import Checkpoints
+from qvit_jax.training import ends
 from qvit_jax.training.console import Console
 from qvit_jax.training.signals import StopFlag
 from qvit_jax.training.state import TrainState
@@ -144,7 +145,14 @@ class Trainer:
   def _run(self) -> None:
     total = self.parts.total_steps
     self._maintain()  # an evaluation that a signal cut short is made up for
-    if self._done >= total or self._is_stale():
+    over = ends.why_over(
+      self.parts.config.train,
+      done=self._done,
+      total=total,
+      stale=self.progress.stale,
+    )
+    if over:
+      self._console.line(over)
       return
     step, last = None, self._done
     batches = self.parts.train_batches(self._done + 1, total)
@@ -167,13 +175,11 @@ class Trainer:
         self._maintain()
         if stop:
           self._stop()
-        if self._is_stale():
+        train, stale = self.parts.config.train, self.progress.stale
+        if self._done < total and ends.is_stale(train, stale):
           if self._saved != self._done:
             self._save()
-          self._console.line(
-            f'stopped early at step {self._done}: no better top1 in '
-            f'{self.progress.stale} evaluations (train.patience)'
-          )
+          self._console.line(ends.early_stop(self._done, stale))
           return
 
   def _maintain(self) -> None:
@@ -368,7 +374,3 @@ class Trainer:
       f'stopped by {self._flag.received or "another process"} after step '
       f'{self._done}; everything is saved'
     )
-
-  def _is_stale(self) -> bool:
-    patience = self.parts.config.train.patience
-    return bool(patience) and self.progress.stale >= patience

@@ -148,9 +148,16 @@ def test_eval_gives_the_numbers_of_training_exactly(trained, tmp_path):
     assert step == 8 or path == trained
 
 
-def test_a_finished_run_is_left_as_it_is(trained):
+def test_a_finished_run_is_left_as_it_is(trained, capsys):
   before = end_state(trained), rows(trained), baseline(trained)
-  modes.run('train', rich_config(), str(trained))
+  config = rich_config()
+  modes.run('train', config, str(trained))
+  steps = config.train.steps
+  assert (
+    f'stopped at step {steps}: all {steps} steps (train.steps) are done; '
+    'nothing is trained. To go on, set --config.train.steps to more than '
+    f'{steps}\n' in capsys.readouterr().out
+  )
   assert (end_state(trained), rows(trained), baseline(trained)) == before
 
 
@@ -208,8 +215,14 @@ def test_early_stopping_survives_a_restart(tmp_path, capsys):
   assert 'stopped early at step 6' in capsys.readouterr().out
   before = end_state(tmp_path)
   modes.run('train', config, str(tmp_path))
+  again = capsys.readouterr().out
+  assert 'stopped early at step 6: no better top1 in 2 evaluations' in again
+  assert 'nothing is trained. To go on, set --config.train.patience=3' in again
   assert end_state(tmp_path) == before
   assert rows(tmp_path, 'eval')[-1]['step'] == 6
+  config.train.patience = 3  # as it says
+  modes.run('train', config, str(tmp_path))
+  assert rows(tmp_path, 'eval')[-1]['step'] == 8
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_state(tmp_path):
