@@ -14,6 +14,13 @@ from typing import Any
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
 
 _MAX_JSON = 8 * 2**20
+# Architectures of timm whose shapes fit, but which compute something else.
+_OTHERWISE = {
+    'norms behind the branches': '_rpn_',
+    'a GELU by tanh': 'base_patch32_siglip_gap|giantopt_patch16_siglip_gap|'
+                      'so400m_patch16_siglip_gap|large_patch16_siglip_gap_512',
+    'a quick GELU': 'quickgelu',
+}  # fmt: skip
 _GELU = (None, 'gelu', 'gelu_erf', 'nn.GELU', 'GELU')
 # Their name -> ours, for numbers.
 _NUMBERS = {
@@ -59,7 +66,7 @@ def read_facts(
     `resize`, `class_names`; and lines on what else is said.
 
   Raises:
-    WeightsError: A file is damaged, or names another activation than GELU.
+    WeightsError: A file is damaged, or names what a model here cannot be.
   """
   facts: dict[str, Any] = {}
   notes: list[str] = []
@@ -97,6 +104,14 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
+def computes_otherwise(architecture: Any) -> str:
+  """Returns what a model of timm does that no shape shows, '' for nothing."""
+  for what, pattern in _OTHERWISE.items():
+    if re.search(pattern, str(architecture)):
+      return what
+  return ''
+
+
 def _check_activation(path: pathlib.Path, config: dict, made: dict) -> None:
   for where, name in ((config, 'hidden_act'), (made, 'act_layer')):
     if where.get(name) not in _GELU:
@@ -106,6 +121,14 @@ def _check_activation(path: pathlib.Path, config: dict, made: dict) -> None:
         "'gelu' is supported",
         'choose other weights',
       )
+  name = str(config.get('architecture', ''))[:80]
+  if what := computes_otherwise(name):
+    refuse(
+      path,
+      f'its config.json says architecture={name!r}, which has {what}; that is '
+      'not supported',
+      'choose other weights',
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -5,260 +5,28 @@ a time, so that no second copy of the file lies in memory.
 """
 
 import math
-import re
-from typing import Any, NoReturn
 
 import numpy as np
 
 from qvit_jax.errors import WeightsError
-from qvit_jax.store.entries import Source, printable
 from qvit_jax.weights import adapt, positions
-from qvit_jax.weights.keymap import KINDS, Names, collapse
+from qvit_jax.weights.compare import Comparison
+from qvit_jax.weights.keymap import KINDS, collapse
 from qvit_jax.weights.layouts import Row
-from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
 
-_SHOWN = 40  # problems in one message; blocks count once
-# The field that decides whether the model has a parameter.
-_FIELDS = {
-    'cls': 'model.pool', 'registers': 'model.registers',
-    'pool_norm': 'model.norm_after_pool',
-    'scale1': 'model.layer_scale', 'scale2': 'model.layer_scale',
-    'query_norm': 'model.qk_norm', 'key_norm': 'model.qk_norm',
-}  # fmt: skip
 
-
-class Import:
+class Import(Comparison):
   """One import: compares everything first, then reads."""
 
-  def __init__(
-    self, source: Source, wanted: dict[str, Any], names: Names | None
-  ):
-    """Prepares it; without `names` the tensors have our own."""
-    self.source, self.wanted = source, wanted
-    self.names = names
-    self.report = Report(
-      source.title,
-      names.layout.title if names else 'our own',
-      notes=list(source.notes),
-      facts=source.facts,
-    )
-    if names:
-      self.ours = names.ours
-      source.facts.setdefault('norm_eps', names.layout.norm_eps)
-      if (
-        names.key == 'google'
-        and 'encoder/block_00/attn/query/bias' in names.ours
-      ):
-        bias = self._shape('encoder/block_00/attn/query/bias')
-        if len(bias) == 2:  # else refused below
-          source.facts.setdefault('heads', bias[0])
-    else:
-      self.ours = {
-        name: (Row(name, name, 'same'), name) for name in source.entries
-      }
-    self.problems: list[str] = []
-
   def run(self) -> tuple[dict[str, np.ndarray], Report]:
-    """Returns our path -> array, and the report."""
-    if self.names:
-      self.report.unused += self.names.ignored + self.names.pre_logits
-      self.report.unused += self.names.outside
-      self._find_zeros()
-      self._find_pool()
-    self._compare_structure()
-    self._compare_head()
-    self._compare_names()
-    self._compare_shapes()
-    if self.problems:
-      self._refuse()
-    return self._read(), self.report
+    """Returns our path -> array, and the report.
 
-  def _refuse(self) -> NoReturn:
-    shown = self.problems[:_SHOWN]
-    rest = len(self.problems) - len(shown)
-    more = f' and {rest} more' if rest else ''
-    text = (
-      f'weights {self.source.title} ({self.report.layout} layout) do not fit '
-      f'the model: {"; ".join(shown)}{more}; give model.* the values of these '
-      'weights, or choose others'
-    )
-    raise WeightsError(printable(text))
-
-  def _shape(self, ours: str) -> tuple[int, ...] | None:
-    """Returns the shape of the file's tensor for a parameter, or None."""
-    if ours not in self.ours:
-      return None
-    return self.source.entries[self.ours[ours][1]].shape
-
-  def _compare_structure(self) -> None:
-    """Depth and width in one line each, before a hundred that follow."""
-    depth = len({p.split('/')[1] for p in self.wanted if 'block_' in p})
-    there = len({p.split('/')[1] for p in self.ours if 'block_' in p})
-    if there != depth:
-      self.problems.append(f'the depth is {there} there, {depth} here')
-    there = self._shape('cls') or self._shape('pos_embed') or ()
-    here = self.wanted['pos_embed'].shape[-1]
-    if len(there) == 3 and there[-1] != here:
-      self.problems.append(f'the width is {there[-1]} there, {here} here')
-
-  def _find_zeros(self) -> None:
-    """Layers that have no bias in any block there get zeros: it is the same.
-
-    Norms without a bias are not: they may be of another kind.
+    Raises:
+      WeightsError: Something does not fit, or is not finite.
     """
-    kinds: dict[str, list[str]] = {}
-    for name in self.wanted:
-      layer, _, last = name.rpartition('/')
-      if last == 'bias' and f'{layer}/kernel' in self.ours:
-        kinds.setdefault(re.sub(r'block_\d+', '', layer), []).append(name)
-    for names in kinds.values():
-      if not any(name in self.ours for name in names):
-        self.report.zeros |= dict.fromkeys(names, 'the file has no such bias')
-
-  def _find_pool(self) -> None:
-    """What the names tell of the pooling: MAE's norm stands behind a mean."""
-    facts = self.source.facts
-    if 'pool_norm/scale' in self.ours:
-      facts.setdefault('pool', 'mean')
-    if facts.get('pool') == 'mean' and 'cls' in self.ours:
-      facts['pool'] = 'patch_mean'
-
-  def _compare_head(self) -> None:
-    """A head of other classes, or none, starts fresh."""
-    kernel, bias = 'head/kernel', 'head/bias'
-    reason = ''
-    there, here = self._head_classes(), self.wanted[bias].shape[0]
-    if kernel not in self.ours and bias not in self.ours:
-      reason = 'the file has none'
-    elif there is not None and there != here:
-      reason = f'{there} classes there, {here} here'
-      for name in (kernel, bias):
-        if name in self.ours:
-          self._note_shapes(name)
-    elif self.names and self.names.pre_logits:
-      reason = 'it follows a pre-logits layer, which the model does not have'
-    if reason:
-      for name in (kernel, bias):
-        self.report.reinitialised[name] = reason
-        self.report.zeros.pop(name, None)
-        if name in self.ours:
-          self.report.unused.append(self.ours.pop(name)[1])
-
-  def _head_classes(self) -> int | None:
-    """Returns the classes of the file's head; None where no shape tells."""
-    if (shape := self._shape('head/bias')) is not None:
-      return math.prod(shape)
-    if (shape := self._shape('head/kernel')) is None or len(shape) != 2:
-      return None
-    return shape[self.ours['head/kernel'][0].kind == 'same']
-
-  def _note_shapes(self, ours: str) -> None:
-    self.report.mis_shaped[ours] = (
-      f'{list(self._shape(ours))} -> {list(self.wanted[ours].shape)}'
-    )
-
-  def _compare_names(self) -> None:
-    if 'cls' in self.ours and 'cls' not in self.wanted:
-      # Its position goes with it: `_positions` knows that from the shapes.
-      self.report.unused.append(self.ours['cls'][1])
-    known = {*self.ours, *self.report.reinitialised, *self.report.zeros}
-    missing = [name for name in self.wanted if name not in known]
-    extra = [n for n in self.ours if n not in self.wanted and n != 'cls']
-    self.problems += [
-      f'missing {name}{_advice(name)}' for name in collapse(missing)
-    ]
-    groups: dict[str, tuple[str, list[str]]] = {}
-    for name in extra:
-      row, theirs = self.ours[name]
-      found = groups.setdefault(row.theirs, (name, []))[1]
-      if theirs not in found:
-        found.append(theirs)
-    for name, found in groups.values():
-      self.problems += [
-        f'no place for {group}{_advice(name)}' for group in collapse(found)
-      ]
-    if self.names:
-      self.problems += [
-        f'unknown tensor {name}' for name in collapse(self.names.unknown)
-      ]
-
-  def _compare_shapes(self) -> None:
-    lines: dict[tuple[str, str], list[str]] = {}
-    for name, (row, theirs) in self.ours.items():
-      if name not in self.wanted or name in ('pos_embed', 'cls'):
-        continue
-      found = self.source.entries[theirs].shape
-      wanted = self._their_shape(row, self.wanted[name].shape)
-      if found == wanted:
-        continue
-      if name == 'patch_embed/kernel' and self._patch_fits(row, found):
-        continue
-      text = f'{list(found)} there, {list(wanted)} wanted'
-      if theirs not in lines.setdefault((row.theirs, text), []):
-        lines[row.theirs, text].append(theirs)
-    for (_, text), theirs in lines.items():
-      self.problems += [f'{name}: {text}' for name in collapse(theirs)]
-    if 'pos_embed' in self.ours and 'pos_embed' in self.wanted:
-      self._find_slots()
-      width = self.wanted['pos_embed'].shape[-1]
-      cls = self._shape('cls')
-      if cls not in (None, (1, 1, width)):
-        name = self.ours['cls'][1]
-        self.problems.append(
-          f'{name}: {list(cls)} there, [1, 1, {width}] wanted'
-        )
-
-  @staticmethod
-  def _their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
-    shape = KINDS[row.kind].shape(ours)
-    if row.part is not None:
-      shape = (3 * shape[0], *shape[1:])
-    return shape
-
-  def _patch_fits(self, row: Row, found: tuple[int, ...]) -> bool:
-    """Whether patch size or channels can be adapted."""
-    if len(found) != 4:
-      return False
-    there = _as_ours(row, found)
-    here = self.wanted['patch_embed/kernel'].shape
-    return (
-      there[0] == there[1]
-      and 0 < there[0] <= 64
-      and there[3] == here[3]
-      and (there[2] == here[2] or (there[2], here[2]) == (3, 1))
-    )
-
-  def _tokens(self) -> tuple[Tokens, Tokens]:
-    """Returns what stands before the patches there and here."""
-    there = self._shape('registers') or ()
-    here = self.wanted.get('registers')
-    return (
-      Tokens('cls' in self.ours, there[1] if len(there) == 3 else 0),
-      Tokens('cls' in self.wanted, here.shape[1] if here is not None else 0),
-    )
-
-  def _find_slots(self) -> Slots | None:
-    """Returns what the file's positions are of; what fits not is a problem."""
-    shape, width = self._shape('pos_embed'), self.wanted['pos_embed'].shape[-1]
-    there, _ = self._tokens()
-    kinds = self.names.layout.slots if self.names else ('all',)
-    if not there.registers:  # what registers lack is no likelier then
-      kinds = ('all', *(kind for kind in kinds if kind != 'all'))
-    told = positions.grid_of(self.source.facts)
-    if len(shape) == 3 and shape[0] == 1 and shape[2] == width:
-      slots = positions.find_slots(shape[1], there, kinds, told)
-      if slots is not None:
-        return slots
-    grid = 'square grid'
-    if told and told[0] != told[1]:
-      grid = f'grid of {told[0]} x {told[1]}, which config.json tells,'
-    self.problems.append(
-      f'{self.ours["pos_embed"][1]} has the shape {list(shape)}, which is no '
-      f'{grid} of {width} channels after {there.cls + there.registers} other '
-      'tokens'
-    )
-    return None
+    self.compare()
+    return self._read(), self.report
 
   def _read(self) -> dict[str, np.ndarray]:
     """Reads every tensor once."""
@@ -331,15 +99,15 @@ class Import:
 
   def _positions(self, values: np.ndarray) -> np.ndarray:
     """Returns positions for the model's tokens and grid."""
-    there, here = self._tokens()
+    there, here = self.tokens()
     count = self.wanted['pos_embed'].shape[1] - here.cls - here.registers
-    slots = self._find_slots()
+    slots = self.find_slots()
     values, done = positions.fit_positions(
       values, slots, there, here, size=math.isqrt(count),
       method=self._resize_method(there.registers > 0),
     )  # fmt: skip
     if done:
-      self._note_adapted('pos_embed', ', '.join(done), self._shape('pos_embed'))
+      self._note_adapted('pos_embed', ', '.join(done), self.shape('pos_embed'))
     told = positions.grid_of(self.source.facts)
     if told and slots.grid != told:
       self.report.notes.append(
@@ -347,16 +115,3 @@ class Import:
         '{} x {}, which counts'.format(*slots.grid)
       )
     return values
-
-
-def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
-  out, channels, height, width = shape
-  return (height, width, channels, out) if row.kind == 'conv' else shape
-
-
-def _advice(ours: str) -> str:
-  for part in ours.split('/'):
-    if part in _FIELDS:
-      return f' ({_FIELDS[part]} decides that)'
-  return ''

@@ -369,6 +369,20 @@ def test_what_nothing_reads_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ('config', 'part'),
+  [
+    ({'architecture': 'vit_base_patch16_rpn_224'}, 'norms behind'),
+    ({'architecture': 'vit_so400m_patch16_siglip_gap_256'}, 'GELU by tanh'),
+    ({'model_args': {'act_layer': 'gelu_tanh'}}, 'act_layer'),
+  ],
+)
+def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
+  folder = hf_folder(tmp_path / 'w', **config)
+  with pytest.raises(WeightsError, match=part):
+    load_weights(str(folder), shapes_of(make_config()))
+
+
+@pytest.mark.parametrize(
   ('config', 'names'),
   [
     ({'id2label': {'0': 'dog', '1': 'cat'}}, ['dog', 'cat']),

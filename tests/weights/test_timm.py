@@ -1,0 +1,175 @@
+"""Which of timm's vision transformers fit, by the shapes of its registry.
+
+timm and PyTorch are no requirements of ours: without them this is skipped.
+
+  pip install torch timm
+  pytest tests/weights/test_timm.py -m slow -s
+"""
+
+import collections
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from qvit_jax import tree
+from qvit_jax.errors import ExportError, QvitError
+from qvit_jax.models import architecture, build_model
+from qvit_jax.store.entries import Entry, Source
+from qvit_jax.weights import facts, timm_arguments, translate
+from qvit_jax.weights.fit import Import
+from qvit_jax.weights.keymap import recognise
+from tests.weights.test_foreign_forms import OPTIONS, pairwise, random_model
+from tests.weights.test_weights import shapes_of
+
+FITTING = 84  # of the 230 names of timm 1.0.29; the README lists them by kind
+# Regex of an error of ours, or of what timm's model says of itself -> a word.
+REASONS = {
+    'relative positions': r'rel_pos|relative_position',
+    'a convolutional stem': r'backbone|patch_embed\.(conv|proj)\.\d|stem',
+    'attention pooling': r'attn_pool',
+    'a norm before the blocks': r'norm_pre|patch_embed\.norm',
+    'SwiGLU': r'fc1_g|w12|fc2\.weight: ',
+    'rotary positions': r'EvaBlock|rope|gamma_1|missing pos_embed',
+    'another activation': r'^activation',
+    'another block': r'^block|unknown tensor .*attn',
+    'another patch embedding': r'embedder|video|patch_generator',
+    'no last norm': r'missing encoder/norm',
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def timm():
+  """The library; its torchvision may lack its compiled operators."""
+  torch = pytest.importorskip('torch', reason='timm needs PyTorch')
+  try:
+    import torchvision  # noqa: F401
+  except RuntimeError:
+    library = torch.library.Library('torchvision', 'DEF')
+    for operator in ('nms', 'qnms'):
+      library.define(f'{operator}(Tensor a, Tensor b, float c) -> Tensor')
+  except ImportError:
+    pass
+  return pytest.importorskip('timm', reason='timm is not installed')
+
+
+def fields_of(model, shapes):
+  """Returns the fields of `config.model` that a user would set."""
+  blocks = [k for k in shapes if k.startswith('blocks.0.')]
+  patch, width = shapes['patch_embed.proj.weight'][2:], model.embed_dim
+  size = model.patch_embed.img_size[0] // patch[0] * patch[0]
+  registers = [shapes[k][1] for k in ('reg_token', 'dist_token') if k in shapes]
+  pool = 'patch_mean' if 'cls_token' in shapes else 'mean'
+  if getattr(model, 'global_pool', 'token') == 'token':
+    pool = 'token'
+  return dict(
+    patch=patch[0], width=width, depth=1, image_size=size,
+    heads=model.blocks[0].attn.num_heads,
+    mlp_dim=shapes['blocks.0.mlp.fc1.weight'][0],
+    num_classes=shapes.get('head.weight', (5,))[0], pool=pool,
+    registers=sum(registers),
+    norm_after_pool='fc_norm.weight' in shapes,
+    layer_scale=float(any('ls1' in k for k in blocks)),
+    qk_norm=any('q_norm' in k for k in blocks), norm_eps=1e-6,
+  )  # fmt: skip
+
+
+def problem_of(model):
+  """Returns '' where the first block and the rest fit, else what is wrong."""
+  shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+  shapes = {
+    k: v for k, v in shapes.items() if not re.match(r'blocks\.[1-9]', k)
+  }
+  try:
+    fields = fields_of(model, shapes)
+  except (AttributeError, KeyError, IndexError, TypeError) as error:
+    return f'block {error} {" ".join(shapes)}'
+  config = common.get_config()
+  config.model.update(fields)
+  entries = {
+    name: Entry(shape, np.dtype('float32'), lambda s=shape: np.broadcast_to(
+      np.float32(0), s)) for name, shape in shapes.items()
+  }  # fmt: skip
+  names = recognise(list(entries))
+  if names is None:
+    return 'nobody we know ' + ' '.join(shapes)
+  try:
+    _, report = Import(
+      Source(entries, 'x'), tree.flatten(shapes_of(config)), names
+    ).run()
+  except QvitError as error:
+    return str(error)
+  assert bool(report.reinitialised) == ('head.weight' not in shapes)
+  if (block := type(model.blocks[0]).__name__) != 'Block':
+    return f'block {block}'
+  kind = getattr(model.blocks[0].mlp, 'act', None)
+  if type(kind).__name__ != 'GELU' or kind.approximate != 'none':
+    return f'activation {kind}'
+  if getattr(model, 'global_pool', 'token') not in ('token', 'avg'):
+    return f'pooling {model.global_pool}'
+  return ''
+
+
+def reason_of(problem):
+  for word, pattern in REASONS.items():
+    if re.search(pattern, problem):
+      return word
+  return problem[:200]
+
+
+@pytest.mark.slow
+def test_the_registry_by_shapes(timm):
+  import torch
+
+  names = [n for n in timm.list_models() if n.startswith(('vit_', 'deit'))]
+  fitting, others = [], collections.defaultdict(list)
+  alike = set()
+  for name in names:
+    with torch.device('meta'):
+      model = timm.create_model(name)
+    problem = problem_of(model)
+    if re.search('^activation|ResPostBlock', problem):
+      alike.add(name)
+    if problem:
+      others[reason_of(problem)].append(name)
+    else:
+      fitting.append(name)
+  print(f'\n{len(fitting)} of {len(names)} fit:', *fitting)
+  for word, refused in others.items():
+    print(f'{len(refused)} {word}:', *refused)
+  assert len(fitting) == FITTING
+  assert set(others) <= set(REASONS)
+  # What no shape tells is known by the name that a config.json gives.
+  assert alike == {name for name in names if facts.computes_otherwise(name)} - {
+    *others['relative positions'],
+    *others['a norm before the blocks'],
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', pairwise(OPTIONS), ids=str)
+def test_the_library_computes_what_we_export(case, timm):
+  import torch
+
+  config, params = random_model(case)
+  try:
+    tensors = translate(tree.nest(params), 'timm', config.model.pool)
+  except ExportError:
+    pytest.skip('timm has no such model')
+  model = timm.models.VisionTransformer(
+    **timm_arguments(architecture(config), tensors)
+  ).eval()
+  model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
+  images = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+  images = images.astype(np.float32)
+  with torch.no_grad():
+    theirs = model(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
+  ours = build_model(config).apply(variables, jnp.asarray(images))
+  scale = np.abs(theirs).max()
+  assert math.isfinite(scale)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
