@@ -8,6 +8,7 @@ shares are stratified and do not depend on `seed`, so that 'train[:80%]',
 import collections
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,11 +20,12 @@ from qvit_jax.data.listing import (
   check_folder,
   check_inside,
   is_folder,
-  is_image,
+  is_hidden,
   lines,
   scan,
   some,
   stratify,
+  walk,
 )
 from qvit_jax.errors import ConfigError, DataError
 
@@ -57,6 +59,10 @@ class Folder:
     self._listed: dict[str, Files] = {}
     self._is_tiny = os.path.isfile(os.path.join(self.root, 'wnids.txt'))
     self._bases = dict.fromkeys(_parse(split)[0] for split in splits)
+    # Labels are those of the training split, or of all there is.
+    self._first = next(filter(self.has_split, self._bases), '')
+    # {split: {class: its folder}}: Unicode has two forms of one name.
+    self._folders: dict[str, dict[str, str]] = {}
     self._ids = self._find_ids()
     if len(self._ids) < 2:
       raise DataError(
@@ -69,8 +75,8 @@ class Folder:
     """Returns the files of a split.
 
     Raises:
-      DataError: It is missing or empty, a class in it is empty, or a link
-        leads out of the folder.
+      DataError: It is missing or empty, a class of the training split is
+        empty, or a link leads out of the folder.
     """
     base, low, high = _parse(split)
     if base not in self._listed:
@@ -112,30 +118,50 @@ class Folder:
       raise DataError(_no_split(self.root, next(iter(self._bases))))
     (first, ids), *others = found.items()
     for other, there in others:
-      more = [sorted(set(ids) - set(there)), sorted(set(there) - set(ids))]
-      only = [
-        f'only in {where}: {some(list(map(printable, names)))}'
-        for where, names in zip((first, other), more, strict=True)
-        if names
-      ]
-      if only:
-        raise DataError(
-          f'the class folders of {first} and {other} in '
-          f'{printable(self.root)} differ: {"; ".join(only)}; give both the '
-          'same classes'
-        )
+      self._check_known(first, ids, other, there)
     if len(set(ids)) < len(ids):
       raise DataError(
         f'{first} of {printable(self.root)} names a class twice; mend it'
       )
     return ids
 
+  def _check_known(self, first: str, ids, other: str, there) -> None:
+    """Raises DataError where a split has images of classes of no label."""
+    names = [
+      one for one in sorted(set(there) - set(ids))
+      if walk(self.root, os.path.join(other, self._folders[other][one]))[0]
+    ]  # fmt: skip
+    missing = sorted(set(ids) - set(there))
+    if missing and other == self._first:  # of wnids.txt
+      raise DataError(
+        f'the class folders of {first} and {other} in {printable(self.root)} '
+        f'differ: only in {first}: {some(list(map(printable, missing)))}; '
+        'unpack the data set again'
+      )
+    if not names:  # empty folders need no label
+      return
+    cases = {one.casefold(): one for one in ids}
+    twins = [one for one in names if one.casefold() in cases]
+    hint = ''
+    if twins:
+      hint = (
+        f' ({printable(twins[0])!r} and '
+        f'{printable(cases[twins[0].casefold()])!r} differ in case: give both '
+        'one name)'
+      )
+    raise DataError(
+      f'the class folders of {first} and {other} in {printable(self.root)} '
+      f'differ: only in {other}: {some(list(map(printable, names)))}{hint}, '
+      f'and labels are those of {first}; give {first} images of them too, or '
+      f'move them out of {other}'
+    )
+
   def _class_folders(self, base: str) -> tuple[str, ...]:
     place = self._checked(base)
     names = [
       entry.name
       for entry in scan(place)
-      if not entry.name.startswith('.') and is_folder(entry)
+      if not is_hidden(entry.name) and is_folder(entry)
     ]
     if not names or names == ['images']:
       raise DataError(
@@ -143,7 +169,18 @@ class Folder:
         f'labels; give each class a folder {base}/CLASS, or choose another '
         'split'
       )
-    return tuple(sorted(names))
+    folders: dict[str, str] = {}
+    for name in sorted(names):
+      one = unicodedata.normalize('NFC', name)
+      if one in folders:
+        raise DataError(
+          f'{printable(place)} holds the class {printable(one)!r} twice, in '
+          'two Unicode forms of one name (composed and decomposed); move the '
+          'images into one of the two folders and delete the other'
+        )
+      folders[one] = name
+    self._folders[base] = folders
+    return tuple(sorted(folders))
 
   def _names(self) -> tuple[str, ...]:
     """Returns what people call the classes: words.txt, else their folders."""
@@ -179,22 +216,35 @@ class Folder:
 
   def _list_classes(self, base: str) -> Files:
     names: list[str] = []
-    counts = []
+    counts, absent = [], []
     for one in self._ids:
-      folder = os.path.join(base, one)
+      folder = os.path.join(base, self._folders[base].get(one, one))
+      if one not in self._folders[base] and base != self._first:
+        absent.append(one)
+        counts.append(0)
+        continue
       self._checked(folder)
       below = os.path.join(folder, 'images')
       if self._is_tiny and os.path.isdir(os.path.join(self.root, below)):
         folder = below
       found = self._list_images(folder)
-      if not found:
+      if not found and base != self._first:
+        absent.append(one)
+      elif not found:
         raise DataError(
           f'class {printable(one)!r} is empty: {printable(folder)} in '
           f'{printable(self.root)} holds no file that ends in '
-          f'{", ".join(SUFFIXES)}; delete the folder or fill it'
+          f'{", ".join(SUFFIXES)}; fill it, or delete '
+          'the folder in every split'
         )
       names += found
       counts.append(len(found))
+    if absent:
+      self.notes.append(
+        f'{base}: no images of {len(absent)} of {len(counts)} classes '
+        f'({some(list(map(printable, absent)))}), which count in no average '
+        'unless they are predicted (f1_macro)'
+      )
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return Files(self.root, tuple(names), labels)
 
@@ -220,17 +270,11 @@ class Folder:
     return Files(self.root, tuple(names), labels)
 
   def _list_images(self, folder: str) -> list[str]:
-    """Returns the names of the image files in a folder, sorted."""
-    found = []
-    for entry in scan(self._checked(folder)):
-      name = os.path.join(folder, entry.name)
-      if entry.is_symlink():
-        check_inside(self.root, name)
-      if is_image(entry):
-        found.append(name)
-      else:
-        self._ignored.append(name)
-    return sorted(found)
+    """Returns the image files in and below a folder, sorted."""
+    self._checked(folder)
+    found, ignored = walk(self.root, folder)
+    self._ignored += ignored
+    return found
 
   def _checked(self, name: str) -> str:
     """Returns the path of a folder in the root."""
@@ -278,7 +322,7 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
   others = [
     entry.name
     for entry in scan(root)
-    if is_folder(entry) and entry.name != train[0] and entry.name[0] != '.'
+    if is_folder(entry) and entry.name != train[0] and not is_hidden(entry.name)
   ]
   if not os.path.isdir(folder(train)) or others or not data.holdout:
     raise DataError(_no_split(root, evaluation[0]))
@@ -313,7 +357,9 @@ def _parse(split: str) -> tuple[str, float, float]:
 
 
 def _no_split(root: str, name: str) -> str:
-  there = [e.name for e in scan(root) if is_folder(e) and e.name[0] != '.']
+  there = [
+    e.name for e in scan(root) if is_folder(e) and not is_hidden(e.name)
+  ]
   return (
     f'{printable(root)} has no folder {printable(name)!r}; it has '
     f'{some(sorted(map(printable, there))) if there else "no folders"}. Images'

@@ -19,6 +19,13 @@ SUFFIXES = (
 )  # fmt: skip
 
 
+# Folders that systems and tools leave behind, beside those with a dot.
+_JUNK = {
+  '__macosx', '@eadir', '$recycle.bin', 'lost+found', '#recycle', '@recycle',
+  'system volume information',
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Files:
   """Random access to (path, label).
@@ -125,29 +132,47 @@ def list_images(field: str, path: str) -> tuple[Files, list[str]]:
     root, name = os.path.split(os.path.abspath(path))
     return Files(root, (name,), np.zeros(1, np.int32)), []
   check_folder(field, path)
-  root, names, ignored = os.path.realpath(path), [], 0
-  folders = ['']
-  while folders:
-    folder = folders.pop()
-    for entry in scan(os.path.join(root, folder)):
-      name = os.path.join(folder, entry.name)
-      if entry.is_symlink():
-        check_inside(root, name)
-      if entry.is_dir(follow_symlinks=False) and entry.name[0] != '.':
-        folders.append(name)
-      elif is_image(entry):
-        names.append(name)
-      else:
-        ignored += 1
+  root = os.path.realpath(path)
+  names, ignored = walk(root, '')
   if not names:
     raise DataError(
       f'{field}={path!r} holds no file that ends in {", ".join(SUFFIXES)}'
     )
   notes = []
   if ignored:
-    notes = [f'{ignored:,} entries are hidden or no image files']
+    notes = [f'{len(ignored):,} entries are hidden or no image files']
   labels = np.zeros(len(names), np.int32)
-  return Files(root, tuple(sorted(names)), labels), notes
+  return Files(root, tuple(names), labels), notes
+
+
+def walk(root: str, folder: str) -> tuple[list[str], list[str]]:
+  """Returns image files in and below a folder, and what else is there.
+
+  Both are sorted and named from the root. Links are not followed into folders.
+
+  Raises:
+    DataError: A link leads out of the root.
+  """
+  names, ignored, folders = [], [], [folder]
+  while folders:
+    folder = folders.pop()
+    for entry in scan(os.path.join(root, folder)):
+      name = os.path.join(folder, entry.name)
+      if entry.is_symlink():
+        check_inside(root, name)
+      is_own = entry.is_dir(follow_symlinks=False)
+      if is_own and not is_hidden(entry.name):
+        folders.append(name)
+      elif is_image(entry):
+        names.append(name)
+      else:
+        ignored.append(name)
+  return sorted(names), sorted(ignored)
+
+
+def is_hidden(name: str) -> bool:
+  """Returns whether a folder is none of the user's."""
+  return name.startswith('.') or name.casefold() in _JUNK
 
 
 def is_image(entry: os.DirEntry) -> bool:

@@ -1,6 +1,7 @@
 """Reads runs and weights: their arrays, facts and class names."""
 
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,12 @@ def check_classes(
 ) -> None:
   """Raises CheckpointError where labels mean other classes than in training."""
   here = experiment.data.class_names
-  if list(there) == list(here):
+  # One name has two Unicode forms, and file systems choose.
+  there, here = (
+    [unicodedata.normalize('NFC', name) for name in names]
+    for names in (there, here)
+  )
+  if there == here:
     return
   what = f'{len(there)} classes there, {len(here)} here'
   pairs = enumerate(zip(there, here, strict=False))

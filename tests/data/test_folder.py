@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 from contextlib import nullcontext
 
@@ -114,8 +115,8 @@ def test_hidden_and_other_files_are_counted(folder_config, tmp_path):
   data = opened(folder_config)
   assert data.train.size == 8
   (note,) = data.notes
-  assert note.startswith('train: 5 entries are hidden or no image files')
-  assert 'and 2 more' in note
+  assert note.startswith('train: 4 entries are hidden or no image files')
+  assert 'and 1 more' in note
 
 
 def test_files_are_resized_by_the_method_of_the_config(folder_config, tmp_path):
@@ -176,9 +177,72 @@ def test_class_folders_that_differ_are_one_line(folder_config, tmp_path):
   root = make_folder(tmp_path / 'set')
   os.rename(root / 'val/cat', root / 'val/bird')
   fails(
-    folder_config, 'class folders of train and val', 'only in train: cat',
-    'only in val: bird',
+    folder_config, 'class folders of train and val', 'only in val: bird',
+    'give train images of them',
   )  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', ['missing', 'empty', 'empty there only'])
+def test_classes_without_images_to_evaluate_are_noted(
+  folder_config, tmp_path, kind
+):
+  root = make_folder(tmp_path / 'set', classes=('cat', 'dog'))
+  if kind == 'empty there only':
+    (root / 'val/eel').mkdir()
+    expected = []
+  else:
+    make_folder(root, splits=('train',), classes=('ant',))
+    if kind == 'empty':
+      (root / 'val/ant').mkdir()
+    expected = ['val: no images of 1 of 3 classes (ant)']
+  data = opened(folder_config)
+  assert len(data.class_names) == 2 + len(expected)
+  files = data.eval.records
+  found = dict(zip(files.names, files.labels.tolist(), strict=True))
+  assert found['val/dog/000.png'] == len(data.class_names) - 1
+  assert len(data.notes) == len(expected)
+  for note, start in zip(data.notes, expected, strict=True):
+    assert note.startswith(start)
+
+
+def test_two_forms_of_one_name_are_one_class(folder_config, tmp_path):
+  forms = [unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD')]
+  root = make_folder(tmp_path / 'set', ('train',), (forms[0], 'tea'))
+  make_folder(root, ('val',), (forms[1], 'tea'))
+  data = opened(folder_config)
+  assert data.class_names == (forms[0], 'tea')
+  assert counts(data.eval, 2) == [4, 4]
+  make_folder(root, ('train',), forms[1:])
+  fails(folder_config, "the class 'café' twice", 'Unicode')
+
+
+def test_names_that_differ_in_case_say_so(folder_config, tmp_path):
+  root = make_folder(tmp_path / 'set', ('train',))
+  make_folder(root, ('val',), ('Cat', 'dog'))
+  fails(folder_config, 'only in val: Cat', "'Cat' and 'cat' differ in case")
+
+
+def test_images_below_a_class_folder_are_read(folder_config, tmp_path):
+  root = make_folder(tmp_path / 'set')
+  for name in ('train/cat/2021/a.png', 'train/cat/2021/may/b.png',
+               'train/cat/__MACOSX/c.png', 'train/cat/.git/d.png'):  # fmt: skip
+    save(root / name, noise())
+  data = opened(folder_config)
+  assert counts(data.train, 2) == [6, 4]
+  assert '2 entries' in data.notes[0] and '__MACOSX' in data.notes[0]
+
+
+@pytest.mark.parametrize(
+  'name', ['__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '.git']
+)
+def test_folders_of_systems_are_no_classes(folder_config, tmp_path, name):
+  root = make_folder(tmp_path / 'set')
+  save(root / 'train' / name / 'a.png', noise())
+  assert opened(folder_config).class_names == ('cat', 'dog')
+  make_folder(tmp_path / 'one', ('train',), count=20)
+  save(tmp_path / 'one' / name / 'train/a.png', noise())
+  folder_config.data.dir = str(tmp_path / 'one')
+  assert opened(folder_config).eval.size == 4  # still held out
 
 
 def test_one_class_only_is_one_line(folder_config, tmp_path):
