@@ -49,7 +49,7 @@ class Source:
     entries: Tensor name to entry.
     title: One phrase: where it lies and in which container.
     facts: What a config beside the weights says, in the words of our fields
-      (`norm_eps`, `heads`, `image_size`, `patch`, `mean`, `std`).
+      (`weights.facts.read_facts` lists them).
     notes: Lines for the report.
   """
 

@@ -26,7 +26,7 @@ from qvit_jax.weights.keymap import recognise
 from tests.weights.test_foreign_forms import OPTIONS, pairwise, random_model
 from tests.weights.test_weights import shapes_of
 
-FITTING = 84  # of the 230 names of timm 1.0.29; the README lists them by kind
+FITTING = 84  # of the 230 names of timm 1.0.31; the README lists them by kind
 # Regex of an error of ours, or of what timm's model says of itself -> a word.
 REASONS = {
     'relative positions': r'rel_pos|relative_position',
