@@ -4,7 +4,6 @@ Statistics are kept as files in the workdir's `calibration`, so that a row that
 is added later, or another run of the same weights, need not collect them again.
 """
 
-import copy
 import hashlib
 import json
 import pathlib
@@ -41,8 +40,7 @@ def digest(params: Mapping[str, np.ndarray]) -> str:
 
 def build_model(config: Any, ops: Ops, dtype: str) -> Any:
   """Returns the config's model in another compute dtype."""
-  config = copy.deepcopy(config)
-  config.model.dtype = dtype
+  config = config_lib.with_fields(config, {'model.dtype': dtype})
   return models.build_model(config, ops)
 
 

@@ -50,13 +50,13 @@ class Experiment:
     Raises:
       QvitError: Some part of the config cannot be.
     """
-    self.config = config
     self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
     # Of the parameters that adapters leave as they are, once they are there.
     self.base_digest = ''
     if data is None:
       find_data(config)
     self.model = Model(config, packed)
+    self.config = config = self.model.config
     self.mesh = sharding.make_mesh(config)
     self.data = data or open_data(config, training=training)
     # Else they would count other steps and wait for each other for ever.

@@ -1,6 +1,5 @@
 """What the report of a PTQ table says beside its rows."""
 
-import json
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from qvit_jax.errors import ConfigError
+from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.ops import Site, Stream
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq.calibrate import SiteStats
 from qvit_jax.quantization.ptq.rows import Row
+from qvit_jax.store import runs
 
 # A row that names another class than float for this share of the images has
 # collapsed where its accuracy is as far below float's, or where it names this
@@ -135,12 +135,11 @@ def qat_row(
     ConfigError: There is none, or its numbers are of other images.
   """
   num_classes = config.model.num_classes
-  place = pathlib.Path(path) / 'results.json'
   try:
-    found = json.loads(place.read_text(encoding='utf-8'))['baseline']
+    found = runs.finished(path).row
     if found['method'] == 'none' or len(found['confusion']) != num_classes:
       raise ValueError(path)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (CheckpointError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
       f'ptq.qat_runs: {path!r} holds no results.json of a quantization-aware '
       f'training with {num_classes} classes; give workdirs of --mode=train'

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax import models, tree
+from qvit_jax.config import resolve as config_lib
 from qvit_jax.lora import frozen as frozen_lib
 from qvit_jax.ops import FloatCore, Ops
 from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
@@ -21,7 +22,7 @@ class Model:
     """Builds it.
 
     Args:
-      config: A validated config.
+      config: A validated config; `config` of the model says what 'auto' means.
       packed: What to build instead of `config.quant`; `shapes` are then those
         of the float model that was packed.
 
@@ -45,7 +46,9 @@ class Model:
     # As initialised; `shapes` are those after kernels were packed.
     self.float_shapes = jax.eval_shape(self.init, jax.random.key(0), images)
     if config.train.trainable == ('auto',) and not packed:
-      config.train.trainable = self._trainable()
+      self.config = config_lib.with_fields(
+        config, {'train.trainable': self._trainable()}
+      )
     self.shapes = self.float_shapes
     if self.frozen:
       self.shapes = jax.eval_shape(self.frozen.settle, self.shapes)

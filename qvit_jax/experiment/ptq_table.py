@@ -228,7 +228,10 @@ class Table:
     path = self._artifact(row)
     architecture = models.architecture(self.config)
     names = self.experiment.data.class_names
-    artifacts.save(packed, path, architecture, class_names=names)
+    artifacts.save(
+      packed, path, architecture, class_names=names,
+      config=config_lib.to_json(self.config),
+    )  # fmt: skip
     return artifacts.load(path, self.sites, architecture)
 
   def _plans(self, row: Row, params) -> dict[str, ptq.SitePlan]:

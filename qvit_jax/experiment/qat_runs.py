@@ -1,6 +1,5 @@
 """Accuracy against bits by training: which runs, their points."""
 
-import copy
 import dataclasses
 import json
 import pathlib
@@ -13,14 +12,14 @@ import numpy as np
 from qvit_jax import models
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import calibration
+from qvit_jax.experiment import calibration, sources
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization import build_plan
 from qvit_jax.quantization.ptq.rows import STEM_ACTS
 from qvit_jax.quantization.spec import QuantSpec, parse_spec
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
-from qvit_jax.store.checkpoint import Checkpoints
+from qvit_jax.store.runs import finished
 
 # What a run's accuracy does not depend on. Its weights have a digest.
 _INERT_SECTIONS = ('weights', 'checkpoint', 'ptq', 'export', 'log', 'mesh')
@@ -83,18 +82,22 @@ def plan(config: Any) -> list[Run]:
   for spec in specs:
     own = _training_config(config, spec)
     for i in range(config.ptq.qat_seeds):
-      runs.append(Run(str(spec), copy.deepcopy(own)))
-      runs[-1].config.seed += i
+      seed = {'seed': own.seed + i}
+      runs.append(Run(str(spec), config_lib.with_fields(own, seed)))
   return runs
 
 
 def _training_config(config: Any, spec: QuantSpec) -> Any:
-  own, recipe = copy.deepcopy(config), config.ptq.qat_recipe
-  own.quant.update(recipe=recipe, default=str(spec), attention=f'a{spec.acts}')
+  own = config_lib.with_fields(config, {
+    'quant.recipe': config.ptq.qat_recipe,
+    'quant.default': str(spec),
+    'quant.attention': f'a{spec.acts}',
+  })  # fmt: skip
   config_lib.validate(own, mode='train', overrides=())
-  Model(own)  # rules that match nothing; says what 'auto' trains
+  own = Model(own).config  # rules that match nothing; what 'auto' trains
   if not any(re.search(pattern, _STEM) for pattern, _ in own.quant.rules):
-    own.quant.rules = (*own.quant.rules, _stem_rule(spec))
+    rules = (*own.quant.rules, _stem_rule(spec))
+    own = config_lib.with_fields(own, {'quant.rules': rules})
   return own
 
 
@@ -166,7 +169,7 @@ def measure(
     before = 'done before, ' if record['point'] else ''
     if not before:
       say(label)
-      _set_start(own, config, place)
+      own = config_lib.with_fields(own, _start(config, place))
       files.open_workdir(str(here))
       files.write_json(here / _RECORD, record)
       train(own, str(here))
@@ -181,14 +184,12 @@ def measure(
   return points
 
 
-def _set_start(own: Any, config: Any, place: pathlib.Path) -> None:
-  """Names what the table started from, as `subject.start_of_eval` chose it."""
-  has_own = bool(Checkpoints(place / 'checkpoints', writer=False).steps())
-  if config.checkpoint.path or has_own or not config.weights.path:
-    own.checkpoint.path = config.checkpoint.path or str(place)
-    own.weights.path = ''
-  else:
-    own.weights.path = config.weights.path  # with the commit it is pinned to
+def _start(config: Any, place: pathlib.Path) -> dict[str, str]:
+  """Returns the fields that name what the table started from."""
+  source = sources.find(config, place)
+  if source.kind == 'weights':  # with the commit it is pinned to
+    return {'weights.path': source.path}
+  return {'checkpoint.path': source.path, 'weights.path': ''}
 
 
 def _record(here: pathlib.Path, run: Run, digest: str) -> dict[str, Any]:
@@ -258,21 +259,15 @@ def given(
     paths: Workdirs whose results.json is that of a quantized training.
     config: Of the table; points of other splits are left out, with a note.
     say: Prints a line.
+
+  Raises:
+    CheckpointError: One holds no results.
   """
   points = []
   for path in paths:
-    place = pathlib.Path(path)
-    try:
-      texts = [
-        (place / name).read_text(encoding='utf-8')
-        for name in ('results.json', 'config.json', 'metrics.jsonl')
-      ]
-    except FileNotFoundError:
-      continue
-    row, trained = json.loads(texts[0])['baseline'], json.loads(texts[1])
-    lines = [json.loads(line) for line in texts[2].splitlines()]
-    evaluations = [line for line in lines if line['split'] == 'eval']
-    if not evaluations:
+    place, found = pathlib.Path(path), finished(path)
+    row, trained, evaluations = found.row, found.config, found.evaluations
+    if trained is None or not evaluations:
       continue
     if config and not _reads_alike(trained, config):
       say(

@@ -1,6 +1,5 @@
 """The model that a student learns from: loaded, placed, asked."""
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -16,10 +15,11 @@ import numpy as np
 from qvit_jax import models, tree, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
-from qvit_jax.experiment import calibration, foreign, restore
+from qvit_jax.experiment import calibration, checks, foreign, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.dgd import dgd_loss
+from qvit_jax.store import runs
 from qvit_jax.training import losses, sharding
 from qvit_jax.training.pca import principal_directions
 
@@ -234,7 +234,7 @@ def load_teacher(experiment: Experiment) -> Teacher:
   path = experiment.config.train.teacher
   place = pathlib.Path(path).expanduser()
   try:
-    if weights.is_run(place):
+    if runs.kind_of(place) == 'run':
       own, variables, digest, notes = _of_run(experiment, str(place))
     else:
       own, variables, digest, notes = _of_weights(experiment, path)
@@ -250,14 +250,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
 
 def _own_experiment(student: Experiment, fields: dict[str, Any]) -> Experiment:
   """Returns an experiment with some fields of its own, on the same data."""
-  config = copy.deepcopy(student.config)
-  known = config_lib.flatten(config)
-  for name, value in fields.items():
-    if name in known:
-      section, field = name.split('.')
-      config[section][field] = _as_tuple(value)
-  config.lora.update(rank=0, targets=())  # a teacher is a whole model
-  config.model.remat = False  # nothing is kept for a backward pass
+  known = config_lib.flatten(student.config)
+  own = {n: _as_tuple(value) for n, value in fields.items() if n in known}
+  own |= {
+    'lora.rank': 0, 'lora.targets': (),  # a teacher is a whole model
+    'model.remat': False,  # nothing is kept for a backward pass
+  }  # fmt: skip
+  config = config_lib.with_fields(student.config, own)
   return Experiment(config, training=False, data=student.data)
 
 
@@ -275,9 +274,8 @@ def _of_run(student: Experiment, path: str):
       f'train.teacher_size={student.config.train.teacher_size!r} would have no '
       'effect: this is a run of ours, which knows its size; leave it out'
     )
-  stored, step = restore.find_checkpoint(path, field='train.teacher')
-  metadata = stored.metadata(step)
-  there = config_lib.flatten(metadata['config'])
+  run = runs.open_run(path, field='train.teacher')
+  there = config_lib.flatten(run.config)
   fields = {
     name: value
     for name, value in there.items()
@@ -291,10 +289,8 @@ def _of_run(student: Experiment, path: str):
         f'{model[name]}; give a teacher with the same model.{name}'
       )
   own = _own_experiment(student, fields)
-  # By its number: the run may be training on, and have a better one soon.
-  place = str(stored.directory / str(step))
-  variables, origin = restore.restore_variables(own, place, same_plan=True)
-  evaluated = [metadata['arrays'].get(x) for x in ('variables', 'ema')]
+  variables = sources.trained(own, run)
+  evaluated = [run.facts['arrays'].get(x) for x in ('variables', 'ema')]
   text = json.dumps(evaluated, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
   notes = [
@@ -303,7 +299,7 @@ def _of_run(student: Experiment, path: str):
     for name in ('mean', 'std')
     if there[f'data.{name}'] != list(student.config.data[name])
   ]
-  there, here = metadata['class_names'], list(student.data.class_names)
+  there, here = run.class_names, list(student.data.class_names)
   if there != here:
     order, _ = weights.order_of(there, here)
     if order not in (None, list(range(len(here)))):
@@ -312,19 +308,21 @@ def _of_run(student: Experiment, path: str):
         'teach the wrong ones; give a teacher trained on this data set'
       )
     notes.append('note: its classes have other names than those here')
-  return own, variables, digest, [f'{origin}, digests verified', *notes]
+  return own, variables, digest, [f'{run.origin}, digests verified', *notes]
 
 
 def _of_weights(student: Experiment, path: str):
   """Returns (experiment, variables, digest, lines) of weights of others."""
-  config = student.config
-  local, config.train.teacher = weights.resolve(path)
+  local, pinned = weights.resolve(path)
+  student.config = config = config_lib.with_fields(
+    student.config, {'train.teacher': pinned}
+  )
   fields = {'quant.recipe': 'none'}
   if config.train.teacher_size:
     fields['model.size'] = config.train.teacher_size
   own = _own_experiment(student, fields)
   taken, report = weights.read_weights(local, own.model.shapes['params'])
-  report.notes += restore.compare_facts(report, own.config)
+  report.notes += checks.compare_facts(report, own.config)
   foreign.put_classes_in_order(
     taken, report, config, student.data.class_names,
     must_agree=config.train.distill != 'none',

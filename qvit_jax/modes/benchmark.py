@@ -1,6 +1,5 @@
 """What `--mode=benchmark` times of an experiment and its float twin."""
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -272,10 +271,13 @@ def benchmark(config: Any, workdir: str) -> None:
 
 def _twin(experiment: Experiment, recipe: str) -> Experiment:
   """Returns the same experiment under another recipe, training all it has."""
-  config = copy.deepcopy(experiment.config)
-  config.quant.recipe = recipe
-  config.lora.update(rank=0, targets=())
-  config.train.update(trainable=('auto',), stages=())
+  config = config_lib.with_fields(experiment.config, {
+    'quant.recipe': recipe,
+    'lora.rank': 0,
+    'lora.targets': (),
+    'train.trainable': ('auto',),
+    'train.stages': (),
+  })  # fmt: skip
   twin = Experiment(config, training=True, data=experiment.data)
   if config.train.teacher:  # a twin without it would be no twin
     twin.teacher = teacher_lib.load_teacher(twin)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from qvit_jax.errors import DivergedError
-from qvit_jax.experiment import subject
+from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
@@ -14,10 +14,10 @@ from qvit_jax.modes.session import say
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
   with session.opened(workdir) as place:
-    packed = subject.open_packed(config)
+    config, packed = sources.open_packed(config)
     experiment = Experiment(config, training=False, packed=packed)
     session.header('eval', experiment, place)
-    variables, origin = subject.start_of_eval(experiment, place)
+    variables, origin = sources.evaluated(experiment, place)
     for line in origin:
       say(f'start     {line}')
     started = time.monotonic()

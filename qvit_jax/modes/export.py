@@ -9,13 +9,12 @@ import numpy as np
 
 from qvit_jax import models, tree, weights
 from qvit_jax.errors import ConfigError, ExportError
-from qvit_jax.experiment import restore
+from qvit_jax.experiment import checks, sources
 from qvit_jax.experiment.model import Model
 from qvit_jax.modes import packing, session
 from qvit_jax.modes.session import say
-from qvit_jax.store import files
+from qvit_jax.store import files, runs
 from qvit_jax.store import tensors as tensor_files
-from qvit_jax.store.checkpoint import Checkpoints
 
 
 def write_weights(
@@ -92,11 +91,9 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the parameters by path, and facts: `norm_eps`, class names."""
   config = model.config
-  has_own = Checkpoints(place / 'checkpoints', writer=False).steps()
-  path = config.checkpoint.path or (
-    str(place) if has_own else config.weights.path
-  )
-  if not path:
+  source = sources.find(config, place)
+  path, has_own = source.path, runs.has_steps(place)
+  if source == sources.Source('run', str(place)) and not has_own:
     raise ExportError(
       f'{place} holds no checkpoint to export; train there first, or set '
       '--config.checkpoint.path= or --config.weights.path='
@@ -108,7 +105,7 @@ def _read(
       f'{next(iter(report.reinitialised.values()))}; train first or give '
       'model.num_classes the value of these weights'
     )
-  report.notes += restore.compare_facts(report, config)
+  report.notes += checks.compare_facts(report, config)
   for line in report.lines():
     say(f'start     {line}')
   if has_own and config.weights.path:

@@ -1,6 +1,5 @@
 """What `--mode=merge_lora` writes: kernels with adapters in them."""
 
-import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError, ExportError
-from qvit_jax.experiment import calibration, subject
+from qvit_jax.experiment import calibration, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.lora import adapter as lora
 from qvit_jax.modes import session
@@ -47,8 +46,8 @@ def _merge(
     CheckpointError: There are no adapters, or they are of another base.
     ExportError: The merged model computes something else.
   """
+  variables, run, lines = sources.adapted(experiment, place)
   config, frozen = experiment.config, experiment.model.frozen
-  variables, facts, lines = subject.adapted_variables(experiment, place)
   for line in lines:
     say(f'start     {line}')
   shapes = experiment.model.float_shapes['params']
@@ -79,7 +78,7 @@ def _merge(
     )
   taken = '--config.lora.rank=0 --config.lora.targets="()"'
   if frozen.bits is None:
-    _save(whole, merged, target, facts['step'])
+    _save(whole, merged, target, run.step)
     say(
       f'merged into {target}; take it with {taken} '
       f'--config.checkpoint.path={target}'
@@ -95,11 +94,13 @@ def _merge(
 
 def _whole(config: Any) -> Any:
   """Returns the config of the merged model."""
-  config = copy.deepcopy(config)
-  config.lora.update(rank=0, targets=())
-  config.train.trainable = ('auto',)
-  config.weights.path = config.checkpoint.path = ''  # it is its own source
-  return config
+  return config_lib.with_fields(config, {
+    'lora.rank': 0,
+    'lora.targets': (),
+    'train.trainable': ('auto',),
+    'weights.path': '',  # it is its own source
+    'checkpoint.path': '',
+  })  # fmt: skip
 
 
 def _float_run(experiment: Experiment, variables, params):
@@ -151,9 +152,13 @@ def _packed(experiment: Experiment, variables, params, target, say):
     (models.architecture(config)),
   )
   names = experiment.data.class_names  # those of the adapters
-  artifacts.save(packed, path, facts, class_names=names)
+  artifacts.save(
+    packed, path, facts, class_names=names, config=config_lib.to_json(config)
+  )
   packed = artifacts.load(path, sites, facts)
-  config.quant.recipe, config.checkpoint.path = 'ptq', str(path)
+  config = config_lib.with_fields(
+    config, {'quant.recipe': 'ptq', 'checkpoint.path': str(path)}
+  )
   whole = Experiment(
     config, training=False, data=experiment.data, packed=packed
   )
@@ -166,9 +171,9 @@ def _compare(experiment: Experiment, variables, whole: Experiment, merged):
   Where nothing is rounded, in float32: how far kernels are apart, not how
   bfloat16 rounds.
   """
-  config = copy.deepcopy(experiment.config)
+  config = experiment.config
   if config.quant.recipe == 'none':
-    config.model.dtype = 'float32'
+    config = config_lib.with_fields(config, {'model.dtype': 'float32'})
   size = config.model.image_size
   images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
   images = experiment.replicate(images)

@@ -9,11 +9,11 @@ import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import restore
+from qvit_jax.experiment import checks
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import artifacts, files
+from qvit_jax.store import artifacts, files, runs
 
 NAME = 'model.packed.safetensors'
 _IMAGES = 32  # random ones, on which logits are compared
@@ -36,12 +36,15 @@ def write_packed(
       'pack a float run with --mode=ptq'
     )
   path = config.checkpoint.path or str(place)
-  variables, origin = restore.read_run(model, path)
-  say(f'start     {origin}')
+  run = runs.open_run(path)
+  checks.check_same(model, run, same_plan=True)
+  variables = run.read_evaluated(runs.own_device())
+  say(f'start     {run.place}')
   packed = pack(variables, model.plan, model.ops, config.model.dtype)
   target, facts = place / 'export' / NAME, models.architecture(config)
-  names = restore.read_class_names(path)
-  size = artifacts.save(packed, target, facts, class_names=names)
+  size = artifacts.save(
+    packed, target, facts, class_names=run.class_names, config=run.config
+  )
   for name in ('model.safetensors', 'model.npz', 'config.json'):
     target.with_name(name).unlink(missing_ok=True)  # of another export
   again = artifacts.load(target, model.plan.sites, facts)

@@ -11,7 +11,7 @@ import rich.progress
 
 from qvit_jax.data import open_images, preprocess
 from qvit_jax.errors import ConfigError, DivergedError
-from qvit_jax.experiment import subject
+from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
@@ -90,13 +90,13 @@ def predict(config: Any, workdir: str) -> None:
   if jax.process_count() > 1:
     raise ConfigError('--mode=predict runs in one process; start it once')
   with session.opened(workdir) as place:
-    packed = subject.open_packed(config)
-    names, line = subject.class_names_of_eval(config, place)
+    config, packed = sources.open_packed(config)
+    names, line = sources.class_names(config, place)
     data = open_images(config, names)
     experiment = Experiment(config, training=False, data=data, packed=packed)
     session.header('predict', experiment, place)
     say(f'classes   {line}')
-    variables, origin = subject.start_of_eval(experiment, place)
+    variables, origin = sources.evaluated(experiment, place)
     for line in origin:
       say(f'start     {line}')
     found = answers(experiment, variables)

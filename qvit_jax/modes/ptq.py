@@ -1,6 +1,5 @@
 """Mode `ptq`: quantizes a trained float model in every way asked for."""
 
-import copy
 import functools
 import pathlib
 from typing import Any
@@ -19,7 +18,6 @@ def ptq(config: Any, workdir: str) -> None:
   """
   session.check_float('ptq', config)
   runs = qat_runs.plan(config)
-  config = copy.deepcopy(config)  # what it resolves is of the float model
   with session.opened(workdir) as place:
     experiment = Experiment(config, training=True)
     session.header('ptq', experiment, place)
@@ -32,7 +30,7 @@ def ptq(config: Any, workdir: str) -> None:
     params = session.float_params(experiment, place)
     table = ptq_table.Table(experiment, params, place, say)
     table.curve = qat_runs.measure(
-        runs, config, params=params, place=place, say=say,
+        runs, experiment.config, params=params, place=place, say=say,
         evaluated=experiment.data.evaluated,
         train=functools.partial(train, data=experiment.data),
     )  # fmt: skip

@@ -11,11 +11,11 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import restore, subject
+from qvit_jax.experiment import checks, sources
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.report import rows as report
-from qvit_jax.store import artifacts, files
+from qvit_jax.store import files, runs
 
 
 def say(text: str) -> None:
@@ -93,7 +93,7 @@ def write_results(
 
 def check_float(mode: str, config: Any) -> None:
   """Raises ConfigError where a mode cannot start from a float model."""
-  if artifacts.is_artifact(config.checkpoint.path):
+  if runs.kind_of(config.checkpoint.path) == 'packed':
     raise ConfigError(
       f'checkpoint.path={config.checkpoint.path!r} is already quantized; give '
       'the workdir of a float run, or evaluate the file with --mode=eval '
@@ -105,7 +105,7 @@ def check_float(mode: str, config: Any) -> None:
       f'{config.quant.recipe!r}; set --config.quant.recipe=none'
     )
   for field in ('checkpoint', 'weights'):
-    restore.check_float_run(f'{field}.path', config[field].path)
+    checks.check_float_run(f'{field}.path', config[field].path)
   if jax.process_count() > 1:
     raise ConfigError(f'--mode={mode} runs in one process; start it once')
 
@@ -114,7 +114,7 @@ def float_params(
   experiment: Experiment, place: pathlib.Path
 ) -> dict[str, np.ndarray]:
   """Returns the trained parameters by path and says whence they are."""
-  variables, origin = subject.start_of_eval(experiment, place)
+  variables, origin = sources.evaluated(experiment, place)
   for line in origin:
     say(f'start     {line}')
   params = tree.flatten(variables['params'])

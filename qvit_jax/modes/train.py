@@ -9,11 +9,11 @@ from jax.experimental import multihost_utils
 
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data
-from qvit_jax.experiment import restore, start
+from qvit_jax.experiment import first_state, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
-from qvit_jax.store import adapters, files
+from qvit_jax.store import adapters, files, runs
 from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training import loop
 from qvit_jax.training.console import Console
@@ -43,13 +43,14 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       multihost_utils.sync_global_devices('checkpoints')
     if experiment.model.frozen and checkpoints.latest() is None:
       adapters.check_free(config, place)
-    state, progress, origin = start.initial_state(experiment, checkpoints)
+    state, progress, origin = first_state.initial_state(experiment, checkpoints)
     for line in origin:
       say(f'start     {line}')
     session.add_teacher(experiment)
-    start.check_teacher(experiment, progress)
+    first_state.check_teacher(experiment, progress)
     if jax.process_index() == 0:
-      files.write_json(place / 'config.json', config_lib.to_json(config))
+      resolved = config_lib.to_json(experiment.config)
+      files.write_json(place / 'config.json', resolved)
     progress = _train(experiment, place, checkpoints, state, progress)
     session.write_results(
       experiment, place, progress.best, f'step {progress.best_step}'
@@ -116,13 +117,11 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
 
 def _write_adapter(experiment: Experiment, place: pathlib.Path) -> None:
   """Writes the best adapters of a run into a file of their own."""
-  trained, origin = restore.restore_variables(
-    experiment, str(place), same_plan=True
-  )
-  facts, _ = restore.find_checkpoint(str(place))
+  run = runs.open_run(place)
+  trained = sources.trained(experiment, run)
   whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
   trained = whole(trained)
   if jax.process_index() == 0:
     path = adapters.path_of(experiment.config, place)
-    size = adapters.save(path, trained, facts.metadata(facts.best()))
-    say(f'adapters of {origin.partition(" of ")[0]}: {size:,} bytes in {path}')
+    size = adapters.save(path, trained, run.facts)
+    say(f'adapters of step {run.step}: {size:,} bytes in {path}')

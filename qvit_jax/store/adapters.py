@@ -4,7 +4,6 @@ Its tensors are what was trained; its header says of which base, by a digest,
 and with which config, which tells where that base came from.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -15,7 +14,7 @@ from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.store import tensors
 
 _FORMAT = 1
-_KEY = 'qvit_jax_adapter'
+KEY = 'qvit_jax_adapter'
 
 
 def path_of(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -45,25 +44,13 @@ def save(path: pathlib.Path, variables: Any, facts: dict[str, Any]) -> int:
   Raises:
     ExportError: The disk does not take it.
   """
-  arrays = {
-    name: np.ascontiguousarray(np.asarray(x))
-    for name, x in tree.flatten(variables).items()
-  }
   kept = ('architecture', 'base', 'class_names', 'config', 'plan', 'step')
   header = {'format': _FORMAT} | {name: facts[name] for name in kept}
-  tensors.save_tensors(
-    arrays, path, form='safetensors', metadata={_KEY: json.dumps(header)}
-  )
-  return path.stat().st_size
+  return tensors.save_described(tree.flatten(variables), path, KEY, header)
 
 
-def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Returns ({path: array}, what the file says of itself).
-
-  Raises:
-    CheckpointError: There is no such file, or it holds no adapter of ours.
-    WeightsError: It is damaged.
-  """
+def check_there(path: pathlib.Path) -> None:
+  """Raises CheckpointError where there is no adapter of this name."""
   if not path.is_file():
     there = sorted(p.stem for p in path.parent.glob('*.safetensors'))
     raise CheckpointError(
@@ -71,10 +58,20 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       f'{", ".join(there) or "none"}: set --config.lora.name= to one of them, '
       'or --config.lora.path= to another folder'
     )
-  entries = tensors.read(path)
+
+
+def read_header(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what an adapter's file says of itself.
+
+  Raises:
+    CheckpointError: There is no such file, or it holds no adapter of ours.
+    WeightsError: It is damaged.
+  """
+  check_there(path)
+  tensors.read(path)  # says more of a damaged file
   try:
-    facts = json.loads(tensors.read_metadata(path)[_KEY])
-  except (KeyError, ValueError) as error:
+    facts = tensors.read_header(path, KEY)
+  except KeyError as error:
     raise CheckpointError(
       f'{path} is no adapter of ours; give a file that training with lora.rank '
       'wrote'
@@ -84,4 +81,15 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       f'{path} has format {facts["format"]}, this version reads up to '
       f'{_FORMAT}; update qvit_jax'
     )
-  return {n: e.read() for n, e in entries.items()}, facts
+  return facts
+
+
+def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Returns ({path: array}, what the file says of itself).
+
+  Raises:
+    CheckpointError: There is no such file, or it holds no adapter of ours.
+    WeightsError: It is damaged.
+  """
+  facts = read_header(path)
+  return tensors.read_described(path, KEY)[0], facts

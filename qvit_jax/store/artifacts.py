@@ -5,13 +5,11 @@ stands in its header. No float copy of a packed kernel is written.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from qvit_jax import tree
 from qvit_jax.errors import WeightsError
@@ -24,7 +22,7 @@ from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 from qvit_jax.store import tensors
 
 _FORMAT = 3
-_KEY = 'qvit_jax'
+KEY = 'qvit_jax'
 
 
 def save(
@@ -33,8 +31,16 @@ def save(
   architecture: dict[str, Any],
   *,
   class_names: Sequence[str] = (),
+  config: dict[str, Any] | None = None,
 ) -> int:
   """Writes a packed model; returns the bytes of the file.
+
+  Args:
+    packed: The model.
+    path: Where to.
+    architecture: Of `models.architecture`.
+    class_names: By label.
+    config: The resolved config of what was packed, as JSON.
 
   Raises:
     ExportError: The disk does not take it.
@@ -62,15 +68,10 @@ def save(
     'kernels': kernels,
     'rectify': getattr(packed.ops.rectify, 'form', ''),
     'class_names': list(class_names),
+    'config': config,
   }
-  flat = tree.flatten(packed.variables)
-  arrays = {
-    name: np.ascontiguousarray(np.asarray(x)) for name, x in flat.items()
-  }
-  tensors.save_tensors(
-    arrays, path, form='safetensors', metadata={_KEY: json.dumps(header)}
-  )
-  return path.stat().st_size
+  arrays = tree.flatten(packed.variables)
+  return tensors.save_described(arrays, path, KEY, header)
 
 
 def _kernels(quant: dict[str, Any]) -> dict[str, Any]:
@@ -88,15 +89,20 @@ def _kernels(quant: dict[str, Any]) -> dict[str, Any]:
   return found
 
 
-def is_artifact(path: str) -> bool:
-  """Returns whether a path names a packed model of ours, by its content."""
-  place = pathlib.Path(path)
-  return place.is_file() and _KEY in tensors.read_metadata(place)
+def read_header(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a packed model's file says of itself.
 
-
-def read_class_names(path: pathlib.Path) -> list[str]:
-  """Returns the class names in a packed model's file; [] where it has none."""
-  return json.loads(tensors.read_metadata(path)[_KEY]).get('class_names', [])
+  Raises:
+    WeightsError: The file is damaged, or no packed model of ours.
+  """
+  tensors.read(path)  # says more of a damaged file
+  try:
+    return tensors.read_header(path, KEY)
+  except KeyError as error:
+    raise WeightsError(
+      f'weights {path}: it is no packed model of ours; give a file that '
+      '--mode=ptq wrote'
+    ) from error
 
 
 def load(
@@ -107,22 +113,14 @@ def load(
   Raises:
     WeightsError: The file is damaged, no artifact of ours, or of another model.
   """
-  entries = tensors.read(path)
-  try:
-    header = json.loads(tensors.read_metadata(path)[_KEY])
-  except (KeyError, ValueError) as error:
-    raise WeightsError(
-      f'weights {path}: it is no packed model of ours; give a file that '
-      '--mode=ptq wrote'
-    ) from error
+  header = read_header(path)
   if header['format'] > _FORMAT or header['architecture'] != architecture:
     raise WeightsError(
       f'weights {path}: it is of another model or a newer format; give model.* '
       'the values it was made with'
     )
-  flat = {
-    name: jnp.asarray(entry.read()) for name, entry in entries.items()
-  }
+  arrays, _ = tensors.read_described(path, KEY)
+  flat = {name: jnp.asarray(x) for name, x in arrays.items()}
   for site, facts in header['kernels'].items():
     name = f'quant/{site}/kernel'
     data, scale = flat.pop(f'{name}/data'), flat.pop(f'{name}/scale')

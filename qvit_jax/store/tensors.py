@@ -5,8 +5,11 @@ word and any number of tensors; this reads the same format one tensor at a
 time: eight bytes of header length, a JSON header, the data without holes.
 """
 
+import hashlib
+import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -23,6 +26,7 @@ from qvit_jax.store.entries import (
   refuse,
 )
 
+_DIGEST = 'qvit_jax_sha256'
 _MAX_HEADER = 8 * 2**20
 _NAMES = {
     'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
@@ -143,6 +147,79 @@ def save_tensors(
       f'{path} cannot be written ({error}); free some space and run the same '
       'command again'
     ) from error
+
+
+def save_described(
+  arrays: dict[str, Any],
+  path: pathlib.Path,
+  key: str,
+  header: dict[str, Any],
+) -> int:
+  """Writes a file of ours: arrays, a JSON header and a digest of both.
+
+  Args:
+    arrays: Tensor name to array.
+    path: Where to.
+    key: Of the header in the file's texts; says what kind of file it is.
+    header: JSON values.
+
+  Returns:
+    The bytes of the file.
+
+  Raises:
+    ExportError: The disk does not take it.
+  """
+  arrays = {n: np.ascontiguousarray(np.asarray(x)) for n, x in arrays.items()}
+  text = json.dumps(header)
+  metadata = {key: text, _DIGEST: _content(text, arrays)}
+  save_tensors(arrays, path, form='safetensors', metadata=metadata)
+  return path.stat().st_size
+
+
+def read_described(
+  path: pathlib.Path, key: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Returns (arrays, header) of a file that `save_described` wrote.
+
+  Files older than the digest have none.
+
+  Raises:
+    WeightsError: It is damaged.
+    KeyError: It has no header of this kind.
+  """
+  texts = read_metadata(path)
+  header = read_header(path, key)
+  arrays = {name: entry.read() for name, entry in read(path).items()}
+  there = texts.get(_DIGEST)
+  if there is not None and there != _content(texts[key], arrays):
+    refuse(
+      path,
+      'it is damaged: its content is not what was written',
+      'bring it back from a copy, or write it again',
+    )
+  return arrays, header
+
+
+def read_header(path: pathlib.Path, key: str) -> dict[str, Any]:
+  """Returns the header of a file of ours.
+
+  Raises:
+    WeightsError: It is damaged.
+    KeyError: The file has no header of this kind.
+  """
+  header = parse_json(path, read_metadata(path)[key].encode())
+  if not isinstance(header, dict):
+    refuse(path, f'its header {key!r} is no JSON object')
+  return header
+
+
+def _content(text: str, arrays: dict[str, np.ndarray]) -> str:
+  """Returns the SHA-256 of a header and of arrays with their names."""
+  total = hashlib.sha256(text.encode())
+  for name, values in sorted(arrays.items()):
+    total.update(f'{name} {values.dtype} {values.shape} '.encode())
+    total.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+  return total.hexdigest()
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:

@@ -3,17 +3,15 @@
 Finds out what a path means, opens it, and recognises whose names it has.
 """
 
-import contextlib
 import pathlib
 import re
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
 
 from qvit_jax import tree
 from qvit_jax.errors import CheckpointError, WeightsError
-from qvit_jax.store import checkpoint
+from qvit_jax.store import runs
 from qvit_jax.store.entries import Entry, Source, printable, refuse
 from qvit_jax.weights import hub, peft
 from qvit_jax.weights.containers import open_source
@@ -21,6 +19,19 @@ from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import Names, collapse, nearest, recognise
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.report import Report
+
+# Files of ours that hold no float kernels, and what to do with them.
+_OURS = {
+  'packed': (
+    'it is a packed model, which has no float kernels',
+    'name it by checkpoint.path with quant.recipe=ptq, or give its float run',
+  ),
+  'adapter': (
+    'it is an adapter, which has no kernels',
+    'name it by lora.path and lora.name beside its base, or give what '
+    '--mode=merge_lora made of it',
+  ),
+}
 
 
 def load_weights(path: str, target: Any) -> tuple[Any, Report]:
@@ -66,8 +77,11 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
   local, _ = resolve(path)
   wanted = tree.flatten(params)
   place = pathlib.Path(local).expanduser()
-  if is_run(place):
+  kind = runs.kind_of(place)
+  if kind == 'run':
     return Import(_own_source(str(place)), wanted, None).run()
+  if kind:
+    refuse(place, *_OURS[kind])
   source = open_source(place)
   try:
     names = recognise(list(source.entries))
@@ -107,34 +121,12 @@ def _note_start(source: Source, names: Names) -> None:
   source.notes.append(printable(note))
 
 
-def is_run(place: pathlib.Path) -> bool:
-  """Returns whether a path is a run of ours: its workdir or a checkpoint."""
-  with contextlib.suppress(OSError, ValueError):  # said when it is opened
-    return place.is_dir() and (
-      (place / 'checkpoints').is_dir()
-      or (place.name == 'checkpoints' and not any(place.glob('*.*')))
-      or (place.name.isdigit() and place.parent.name == 'checkpoints')
-    )
-  return False
-
-
 def _own_source(path: str) -> Source:
   """Returns the parameters that a run of ours evaluates: EMA if it has one."""
   try:
-    directory, step = checkpoint.find_step(path, field='weights.path')
-    stored = checkpoint.Checkpoints(directory, writer=False)
-    step = stored.best() if step is None else step
-    metadata = stored.metadata(step)
-    if 'base' in metadata:
-      raise CheckpointError(
-        f'{directory.parent} holds adapters alone, no kernels; fold them in '
-        'with --mode=merge_lora and give WORKDIR/merged/NAME'
-      )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    values: dict[str, Any] = {}
-    for item in checkpoint.params_items(metadata):
-      shapes = stored.saved_shapes(step, item, device)
-      values |= tree.flatten(stored.restore(step, {item: shapes})[item])
+    run = runs.open_run(path, field='weights.path')
+    run.check_whole()
+    values = run.read_parameters(runs.own_device())
   except CheckpointError as error:
     raise WeightsError(f'weights.path={path!r}: {error}') from error
   entries = {
@@ -142,10 +134,9 @@ def _own_source(path: str) -> Source:
       x.shape, np.dtype(x.dtype), lambda x=x: np.asarray(x)
     )
     for name, x in values.items()
-    if name.startswith('params/')
   }
-  known = metadata['architecture']
+  known = run.architecture
   facts = {name: known[name] for name in ('heads', 'norm_eps', 'image_size')}
-  if metadata.get('class_names'):
-    facts['class_names'] = metadata['class_names']
-  return Source(entries, f'step {step} of {directory.parent}', facts)
+  if run.class_names:
+    facts['class_names'] = run.class_names
+  return Source(entries, run.origin, facts)

@@ -7,7 +7,7 @@ import pytest
 
 from qvit_jax import data as data_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import findings, qat_runs, start
+from qvit_jax.experiment import findings, first_state, qat_runs
 from qvit_jax.report import rows
 from qvit_jax.training.loop import Progress
 from tests.conftest import make_digits_config
@@ -130,7 +130,7 @@ def test_a_resumed_run_forgets_the_best_of_other_images(best, changed, kept):
   progress = Progress(
     best={'top1': 0.5, **best}, best_step=2, stale=1, evaluated_step=2
   )
-  lines = start._forget_other_data(evaluated(), progress, changed)
+  lines = first_state._forget_other_data(evaluated(), progress, changed)
   assert bool(lines) != kept
   if kept:
     assert progress.best == {'top1': 0.5, **evaluated()}

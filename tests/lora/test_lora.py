@@ -14,7 +14,7 @@ import pytest
 from qvit_jax import modes, tree
 from qvit_jax.data import open_data
 from qvit_jax.errors import CheckpointError, ConfigError, Preempted
-from qvit_jax.experiment import subject
+from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.lora import adapter as lora
@@ -474,13 +474,13 @@ def test_adapters_of_other_classes_are_an_error(trained, folder):
   data = dataclasses.replace(data, class_names=('owl', *data.class_names[1:]))
   experiment = Experiment(config, training=False, data=data)
   with pytest.raises(CheckpointError, match="label 0 is '0' there, 'owl' here"):
-    subject.adapted_variables(experiment, trained)
+    sources.adapted(experiment, trained)
 
 
 def test_predict_names_the_classes_of_the_adapters(trained, tmp_path):
   config = train_config(path=str(trained / 'adapters'))
   config.checkpoint.path = str(tmp_path)  # of the base
-  names, _ = subject.class_names_of_eval(config, tmp_path)
+  names, _ = sources.class_names(config, tmp_path)
   assert names == list('0123456789')
 
 

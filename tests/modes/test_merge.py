@@ -8,11 +8,11 @@ import pytest
 
 from qvit_jax import models, modes, tree
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
-from qvit_jax.experiment import subject
+from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.lora import adapter as lora
 from qvit_jax.quantization import QTensor, dequantize
-from qvit_jax.store import adapters, artifacts
+from qvit_jax.store import adapters, artifacts, runs
 from qvit_jax.store.checkpoint import Checkpoints
 from tests.conftest import make_digits_config
 
@@ -121,7 +121,7 @@ def test_packed_kernels_are_rounded_again(
   packed = artifacts.load(
     path, models.list_sites(config), models.architecture(config)
   )
-  assert artifacts.read_class_names(path) == list('0123456789')
+  assert runs.open_run(path).class_names == list('0123456789')
   kernels = {
     n: x
     for n, x in tree.flatten(packed.variables['quant']).items()
@@ -143,7 +143,7 @@ def test_layers_without_adapters_keep_their_codes(packed_run):
   sites = models.list_sites(plain)
   packed = artifacts.load(path, sites, models.architecture(plain))
   experiment = Experiment(config, training=False)
-  variables, _, _ = subject.adapted_variables(experiment, packed_run)
+  variables, _, _ = sources.adapted(experiment, packed_run)
   frozen = experiment.model.frozen
   spec = frozen.adapter.spec
   for site in sites:

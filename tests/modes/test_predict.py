@@ -13,9 +13,9 @@ from PIL import Image
 from qvit_jax import models, modes
 from qvit_jax.data import batches, open_images
 from qvit_jax.errors import CheckpointError, ConfigError, DataError
-from qvit_jax.experiment import subject
+from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
-from qvit_jax.store import adapters, artifacts
+from qvit_jax.store import adapters, artifacts, runs
 from tests import small_models
 from tests.conftest import make_digits_config
 from tests.data.test_folder import make_folder, noise, save
@@ -58,7 +58,7 @@ def probabilities(workdir, images, names):
   config.eval.images = str(images)
   data = open_images(config, tuple('0123456789'))
   experiment = Experiment(config, training=False, data=data)
-  variables, _ = subject.start_of_eval(experiment, workdir)
+  variables, _ = sources.evaluated(experiment, workdir)
   pixels = []
   for name in names:
     image = Image.open(images / name).convert('RGBA')
@@ -183,15 +183,15 @@ def test_adapters_have_the_class_names_of_their_own_training(trained, tmp_path):
   letters = list('abcdefghij')
   config, experiment = adapter_file(tmp_path, letters)
   config.checkpoint.path = str(trained)  # the base, trained on digits
-  assert subject.class_names_of_eval(config, tmp_path)[0] == letters
+  assert sources.class_names(config, tmp_path)[0] == letters
   with pytest.raises(CheckpointError, match="label 0 is 'a' there, '0' here"):
-    subject.start_of_eval(experiment, tmp_path)
+    sources.evaluated(experiment, tmp_path)
 
 
 def test_weights_of_a_run_have_its_class_names(trained, tmp_path):
   config = make_digits_config()
   config.weights.path = str(trained)
-  names, _ = subject.class_names_of_eval(config, tmp_path)
+  names, _ = sources.class_names(config, tmp_path)
   assert names == list('0123456789')
 
 
@@ -204,7 +204,7 @@ def test_a_packed_model_names_classes_too(trained, tmp_path):
   names = [f'digit {i}' for i in range(10)]
   facts = models.architecture(config)
   artifacts.save(packed, path, facts, class_names=names)
-  assert artifacts.read_class_names(path) == names
+  assert runs.open_run(path).class_names == names
   config.quant.recipe = 'ptq'
   config.checkpoint.path = str(path)
   place = tmp_path / 'out'

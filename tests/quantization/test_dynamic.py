@@ -9,7 +9,7 @@ import pytest
 
 from qvit_jax import models, modes, tree
 from qvit_jax.errors import QuantError
-from qvit_jax.experiment import start
+from qvit_jax.experiment import first_state
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization import build_ops, build_plan, numerics
 from qvit_jax.quantization.hadamard import turn_blocks
@@ -159,7 +159,7 @@ def test_a_run_starts_from_a_packed_file(tmp_path, capsys):
   config = config_of(**fields)
   experiment = Experiment(config, training=True)
   own = Checkpoints(tmp_path / 'tuned' / 'checkpoints', writer=True)
-  state, _, lines = start.initial_state(experiment, own)
+  state, _, lines = first_state.initial_state(experiment, own)
   found = tree.flatten(state.variables)
   packed = artifacts.load(
     path, experiment.model.plan.sites, models.architecture(config)

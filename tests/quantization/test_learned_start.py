@@ -9,7 +9,7 @@ import pytest
 from qvit_jax import modes, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError, DivergedError, QuantError
-from qvit_jax.experiment import start as start_lib
+from qvit_jax.experiment import first_state
 from qvit_jax.experiment.calibration import Calibration
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization import numerics
@@ -80,7 +80,7 @@ def start(float_run, files, tmp_path, **fields):
   config_lib.validate(config, mode='train', overrides=())
   experiment = Experiment(config, training=True)
   own = Checkpoints(tmp_path / 'checkpoints', writer=True)
-  state, _, lines = start_lib.initial_state(experiment, own)
+  state, _, lines = first_state.initial_state(experiment, own)
   return config, tree.flatten(state.variables), lines
 
 

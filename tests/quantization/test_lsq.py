@@ -9,7 +9,7 @@ import pytest
 from qvit_jax import models, modes, tree, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError
-from qvit_jax.experiment import restore
+from qvit_jax.experiment import checks
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.ops import Site
@@ -17,6 +17,7 @@ from qvit_jax.quantization import QuantPlan, QuantSpec, build_ops, build_plan
 from qvit_jax.quantization.methods import lsq, qvit
 from qvit_jax.quantization.methods.learned_core import LearnedCore, shared_axes
 from qvit_jax.quantization.methods.packing import pack
+from qvit_jax.store.runs import Run
 from tests import reference
 from tests.conftest import make_digits_config
 from tests.small_models import normal, rich_config
@@ -568,10 +569,11 @@ def test_turned_inputs_are_told_from_others(tmp_path):
     'architecture': models.architecture(config),
     'plan': Model(config).plan.digest_lines(),
   }
-  restore.check_same(Model(config), facts, tmp_path, same_plan=True)
+  run = Run('run', tmp_path, facts)
+  checks.check_same(Model(config), run, same_plan=True)
   config.quant.hadamard = False
   with pytest.raises(CheckpointError, match='quant.hadamard is True there, F'):
-    restore.check_same(Model(config), facts, tmp_path, same_plan=True)
+    checks.check_same(Model(config), run, same_plan=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from configs import vit_ti_digits_w4a4
 from qvit_jax import modes, tree
-from qvit_jax.experiment import calibration, start
+from qvit_jax.experiment import calibration, first_state
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.store.checkpoint import Checkpoints
 
@@ -79,7 +79,7 @@ def test_a_training_goes_on(before):
   config = config_of({'quant.recipe': 'none', 'train.steps': 40})
   experiment = Experiment(config, training=True)
   own = Checkpoints(before / 'float' / 'checkpoints', writer=True)
-  state, progress, lines = start.initial_state(experiment, own)
+  state, progress, lines = first_state.initial_state(experiment, own)
   assert int(state.step) == 30
   assert progress.best['loss'] == pytest.approx(LOSSES['float'], rel=1e-12)
   assert lines[0] == 'resuming at step 30, digests verified'

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qvit_jax import modes, tree, weights
-from qvit_jax.experiment import start as start_lib
+from qvit_jax.experiment import first_state
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.store.checkpoint import Checkpoints
 from tests.conftest import make_digits_config
@@ -23,7 +23,7 @@ def start(config, place):
   """The first variables and the lines that say whence."""
   experiment = Experiment(config, training=True)
   own = Checkpoints(place / 'checkpoints', writer=True)
-  state, _, lines = start_lib.initial_state(experiment, own)
+  state, _, lines = first_state.initial_state(experiment, own)
   flat = tree.flatten(state.variables)
   return {name: np.asarray(x) for name, x in flat.items()}, lines
 

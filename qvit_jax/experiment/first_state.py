@@ -1,4 +1,4 @@
-"""What a training starts from: its checkpoint, a run, weights."""
+"""The state that a training starts from; `sources` has the order."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError
-from qvit_jax.experiment import calibration, restore
+from qvit_jax.experiment import calibration, checks, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization.methods.learned_core import LearnedCore
 from qvit_jax.quantization.methods.packing import unpack
-from qvit_jax.store import adapters, artifacts, checkpoint
+from qvit_jax.store import adapters, checkpoint, runs
 from qvit_jax.training.loop import Progress
 from qvit_jax.training.state import TrainState, join_collections
 
@@ -36,10 +36,6 @@ def initial_state(
 ) -> tuple[TrainState, Progress, list[str]]:
   """Returns the state to start from, its progress, and lines that say whence.
 
-  Tried in this order: (1) the workdir's own newest checkpoint, (2) the
-  variables of `checkpoint.path`, (3) fresh ones, with what fits of
-  `weights.path` in their place.
-
   Raises:
     CheckpointError: The checkpoint is damaged or of another model.
     WeightsError: `weights.path` does not fit the model.
@@ -56,11 +52,12 @@ def _begin(
   experiment: Experiment, workdir: pathlib.Path
 ) -> tuple[TrainState, list[str]]:
   """Returns the state before the first update, and lines that say whence."""
-  config = experiment.config
-  if config.checkpoint.path and not experiment.model.frozen:
-    restore.check_one_source(config)
-    return _start_from(experiment, config.checkpoint.path)
-  imported, lines = restore.imported_parameters(experiment, workdir)
+  source = sources.find_start(experiment.config)
+  if not experiment.model.frozen and source.kind == 'packed':
+    return _start_from_packed(experiment, source.path)
+  if not experiment.model.frozen and source.kind == 'run':
+    return _start_from(experiment, source.path)
+  imported, lines = sources.parameters(experiment, workdir)
   state, more = _fresh_state(experiment, imported)
   return state, lines + more
 
@@ -86,13 +83,13 @@ def _start_from(
   experiment: Experiment, path: str
 ) -> tuple[TrainState, list[str]]:
   """Returns the state of a run that goes on from another one's variables."""
-  if artifacts.is_artifact(path):
-    return _start_from_packed(experiment, path)
-  stored, step = restore.find_checkpoint(path)
-  metadata = stored.metadata(step)
-  if _learned(metadata['arrays']) == _learned(
-    {'variables': tree.flatten(experiment.model.shapes)}
-  ) and _is_same_recipe(experiment.model, metadata):
+  run = runs.open_run(path)
+  learned = {
+    name
+    for name in tree.flatten(experiment.model.shapes)
+    if not name.startswith('params/')
+  }
+  if run.learned == learned and _is_same_recipe(experiment.model, run):
     given = experiment.config.quant.calibration_path
     if given and experiment.model.shapes.keys() != {'params'}:
       raise ConfigError(
@@ -100,12 +97,10 @@ def _start_from(
         f'checkpoint.path={path!r} brings learned steps; leave it out, or '
         'start from a float run'
       )
-    variables, origin = restore.restore_variables(
-      experiment, path, same_plan=False
-    )
-    return experiment.state_of(variables), [f'starting from {origin}']
+    variables = sources.trained(experiment, run, same_plan=False)
+    return experiment.state_of(variables), [f'starting from {run.origin}']
   # Steps of other bits or none at all: they are fitted to these parameters.
-  params, lines = restore.parameters_of(experiment, path)
+  params, lines = sources.parameters_of(experiment, path)
   state, more = _fresh_state(experiment, params)
   return state, lines + more
 
@@ -116,7 +111,7 @@ def _start_from_packed(
   """Returns the state of a run that goes on from a packed model."""
   model = experiment.model
   facts = models.architecture(experiment.config)
-  packed = artifacts.load(pathlib.Path(path), model.plan.sites, facts)
+  packed = runs.open_run(path).read_packed(model.plan.sites, facts)
   found, lines = unpack(packed, model.plan, model.ops)
   shapes = tree.flatten(model.shapes)
   found = {
@@ -136,16 +131,11 @@ def _start_from_packed(
   return state, [f'starting from the packed model {path}', *lines]
 
 
-def _learned(arrays: dict[str, Any]) -> set[str]:
-  """Returns the paths of variables that are no parameters."""
-  return {p for p in arrays['variables'] if not p.startswith('params/')}
-
-
-def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
+def _is_same_recipe(model: Model, run: runs.Run) -> bool:
   if model.shapes.keys() == {'params'}:
     return True  # nothing depends on bits
-  there = metadata['config']['quant']
-  return metadata['plan'] == model.plan.digest_lines() and all(
+  there = run.config['quant']
+  return run.plan == model.plan.digest_lines() and all(
     there.get(name, model.config.quant[name]) == model.config.quant[name]
     for name in ('recipe', 'irm', 'zero_point', 'hadamard')
   )
@@ -154,34 +144,26 @@ def _is_same_recipe(model: Model, metadata: dict[str, Any]) -> bool:
 def _resume(
   experiment: Experiment, own: checkpoint.Checkpoints, step: int
 ) -> tuple[TrainState, Progress, list[str]]:
-  metadata = own.metadata(step)
-  place = own.directory / str(step)
-  restore.check_same(experiment.model, metadata, place, same_plan=True)
-  restore.check_classes(experiment, metadata['class_names'], place)
-  there = config_lib.flatten(metadata['config'])
-  for section, field in (('weights', 'path'), ('train', 'teacher')):
-    pinned = there.get(f'{section}.{field}', '')
-    if pinned.startswith(f'{experiment.config[section][field]}@'):
-      # Of the commit it started from.
-      experiment.config[section][field] = pinned
-  here = config_lib.flatten(config_lib.to_json(experiment.config))
-  changed = [name for name in here if there.get(name) != here[name]]
-  fixed = _FIXED
-  if 'float16' in (there.get('model.dtype'), here['model.dtype']):
-    fixed += ('model.dtype',)  # its optimizer has a loss scale
-  for name in fixed:
-    if name in changed and name in there:  # not a field newer than the run
-      raise CheckpointError(
-        f'{place} was trained with {name}={there.get(name)!r}, not '
-        f'{here[name]!r}; set it back or choose another workdir'
-      )
+  """Returns what a run goes on from: its state, progress, and lines."""
+  run = runs.open_run(own.directory / str(step))
+  checks.check_same(experiment.model, run, same_plan=True)
+  checks.check_classes(experiment, run.class_names, run.place)
+  there = config_lib.flatten(run.config)
+  pinned = {
+    name: there[name]
+    for name in ('weights.path', 'train.teacher')
+    if there.get(name, '').startswith(f'{_field(experiment, name)}@')
+  }
+  if pinned:  # to the commit it started from
+    experiment.config = config_lib.with_fields(experiment.config, pinned)
+  changed = _changes(experiment, run.place, there)
   if experiment.model.frozen and {'lora.name', 'lora.path'} & {*changed}:
     adapters.check_free(experiment.config, own.directory.parent)
   lines = [f'resuming at step {step}, digests verified']
   base: dict[str, Any] = {}
   if experiment.model.frozen:
-    base, more = restore.base_variables(experiment, own.directory.parent)
-    restore.check_base(experiment, metadata, place)
+    base, more = sources.base_variables(experiment, own.directory.parent)
+    checks.check_base(experiment, run)
     lines += more
   wanted = experiment.abstract_state()
   items = own.restore(
@@ -199,13 +181,15 @@ def _resume(
     ema=items.get('ema', {}),
   )
   lines += [
-    f'changed since: {name} {there.get(name)!r} -> {here[name]!r}'
-    for name in changed
+    f'changed since: {name} {before!r} -> {here!r}'
+    for name, (before, here) in changed.items()
   ]
-  if metadata.get('data_digest', '') != experiment.data.digest:
+  if run.facts.get('data_digest', '') != experiment.data.digest:
     lines.append('changed since: the files of the data set')
-  progress = Progress(**metadata['progress'])
-  lines += _forget_other_data(experiment.data.evaluated, progress, changed)
+  progress = Progress(**run.facts['progress'])
+  lines += _forget_other_data(
+    experiment.data.evaluated, progress, list(changed)
+  )
   return state, progress, lines
 
 
@@ -236,6 +220,37 @@ def _forget_other_data(
     f'images than {here["split"]!r} of {here["data"]["name"]} is now: the '
     'best is looked for anew'
   ]
+
+
+def _field(experiment: Experiment, name: str) -> Any:
+  section, field = name.split('.')
+  return experiment.config[section][field]
+
+
+def _changes(
+  experiment: Experiment, place: pathlib.Path, there: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns {field: (value before, value now)} of what may have changed.
+
+  Raises:
+    CheckpointError: Something changed that must not.
+  """
+  here = config_lib.flatten(config_lib.to_json(experiment.config))
+  changed = {
+    name: (there.get(name), value)
+    for name, value in here.items()
+    if there.get(name) != value
+  }
+  fixed = _FIXED
+  if 'float16' in (there.get('model.dtype'), here['model.dtype']):
+    fixed += ('model.dtype',)  # its optimizer has a loss scale
+  for name in fixed:
+    if name in changed and name in there:  # not a field newer than the run
+      raise CheckpointError(
+        f'{place} was trained with {name}={there.get(name)!r}, not '
+        f'{here[name]!r}; set it back or choose another workdir'
+      )
+  return changed
 
 
 def check_teacher(experiment: Experiment, progress: Progress) -> None:

@@ -1,0 +1,181 @@
+"""Whether what was found is of this model, these classes, this base."""
+
+import pathlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qvit_jax import models, tree, weights
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import Model
+from qvit_jax.store import runs
+
+# What adapters are must be known to whoever adds them to a kernel.
+_OF_ADAPTERS = (
+  'rank', 'alpha', 'scaling', 'targets', 'init', 'dora', 'base', 'group',
+)  # fmt: skip
+
+
+def check_classes(
+  experiment: Experiment, there: Sequence[str], place: pathlib.Path
+) -> None:
+  """Raises CheckpointError where labels mean other classes than in training."""
+  here = experiment.data.class_names
+  # One name has two Unicode forms, and file systems choose.
+  there, here = (
+    [unicodedata.normalize('NFC', name) for name in names]
+    for names in (there, here)
+  )
+  if there == here:
+    return
+  what = f'{len(there)} classes there, {len(here)} here'
+  pairs = enumerate(zip(there, here, strict=False))
+  if differing := [(i, *pair) for i, pair in pairs if pair[0] != pair[1]]:
+    what = 'label {} is {!r} there, {!r} here'.format(*differing[0])
+  raise CheckpointError(
+    f'{place} was trained on other classes than those of the data set: {what}; '
+    'give the data set it was trained on, or choose another workdir'
+  )
+
+
+def check_float_run(field: str, path: str) -> None:
+  """Raises ConfigError where a path is a run of ours that learned its bits."""
+  if runs.kind_of(path) != 'run':
+    return
+  recipe = runs.open_run(path, field=field).config['quant']['recipe']
+  if recipe != 'none':
+    raise ConfigError(
+      f'{field}={path!r} is already quantized (recipe {recipe}); give a float '
+      'run, or pack this one with --mode=export --config.export.format=packed'
+    )
+
+
+def check_same(model: Model, run: runs.Run, *, same_plan: bool) -> None:
+  """Raises CheckpointError where a checkpoint is not of the model.
+
+  Args:
+    model: Of the config.
+    run: The checkpoint or adapter.
+    same_plan: Whether bits that differ from the config's are an error.
+  """
+  here, there = models.architecture(model.config), run.architecture
+  is_adapted = run.holds_adapters
+  if is_adapted and not (same_plan and model.frozen):
+    how = (
+      'name them by lora.path and lora.name if they are what is wanted'
+      if model.frozen
+      else 'set lora.* as in their training'
+    )
+    raise CheckpointError(
+      f'{run.place} holds adapters alone, no kernels; fold them in with '
+      f'--mode=merge_lora and give WORKDIR/merged/NAME, or {how}'
+    )
+  lines = [
+    f'{name} is {there.get(name)} there, {value} here'
+    for name, value in here.items()
+    if there.get(name) != value
+  ]
+  if same_plan and model.frozen:
+    here = config_lib.to_json(model.config)['lora']
+    there = run.config['lora'] if is_adapted else {'rank': 0}
+    lines += [
+      f'lora.{name} is {there[name]} there, {here[name]} here'
+      for name in _OF_ADAPTERS
+      if name in there and there[name] != here[name]
+    ]
+  if same_plan and not lines:
+    plan = model.plan.digest_lines()
+    pairs = zip(run.plan, plan, strict=True)
+    lines = [f'"{a}" there, "{b}" here' for a, b in pairs if a != b]
+    there, here = run.config['quant'], model.config.quant
+    fields = ['recipe']
+    if here.recipe in ('lsq', 'statsq'):  # it has no variables to differ by
+      fields.append('hadamard')
+    lines[:0] = [
+      f'quant.{name} is {there[name]!r} there, {here[name]!r} here'
+      for name in fields
+      if name in there and there[name] != here[name]
+    ]
+  if lines:
+    rest = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
+    raise CheckpointError(
+      f'{run.place} is of another model or other bits: {"; ".join(lines[:3])}'
+      f'{rest}; use the config it was trained with or another workdir'
+    )
+
+
+def check_arrays(
+  wanted: Mapping[str, Any], arrays: Mapping[str, Any], place: pathlib.Path
+) -> None:
+  """Raises CheckpointError where arrays are not those that a model wants.
+
+  Args:
+    wanted: {path: shape and type}.
+    arrays: {path: array}.
+    place: The file, for the message.
+  """
+  lines = tree.differences(
+    {name: tree.describe(x) for name, x in wanted.items()},
+    {name: tree.describe(x) for name, x in arrays.items()},
+  )
+  if lines:
+    raise CheckpointError(
+      f'{place} is of another model: {"; ".join(lines[:4])}; use the config '
+      'it was trained with'
+    )
+
+
+def compare_facts(report: weights.Report, config: Any) -> list[str]:
+  """Returns a note for each thing that no tensor shows and that differs.
+
+  Raises:
+    WeightsError: The number of heads differs.
+  """
+  facts, model, notes = report.facts, config.model, []
+  heads = models.architecture(config)['heads']
+  if facts.get('heads', heads) != heads:
+    raise WeightsError(
+      f'weights {report.source} have {facts["heads"]} attention heads, the '
+      f'model {heads}; set --config.model.heads={facts["heads"]} (with '
+      '--config.model.size= and the other numbers) or choose other weights'
+    )
+  if 'heads' not in facts:
+    notes.append(f'the file does not tell its attention heads: {heads} assumed')
+  there, here = facts.get('norm_eps'), model.norm_eps
+  if there is not None and there != here:
+    notes.append(
+      f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal logits '
+      f'set --config.model.norm_eps={there:g}'
+    )
+  there, here = facts.get('pool'), model.pool
+  if there is not None and there != here:
+    notes.append(f'model.pool was {there} there, {here} here')
+  for name in ('mean', 'std'):
+    there, here = facts.get(name), list(config.data[name])
+    if there is not None and there != here:
+      notes.append(f'images had data.{name}={there} there, {here} here')
+  there, here = facts.get('resize'), config.data.resize
+  if there is not None and there != here:
+    notes.append(f'images were resized by {there} there, {here} here')
+  return notes
+
+
+def check_base(experiment: Experiment, run: runs.Run) -> None:
+  """Checks that adapters lie on the base that they were trained beside.
+
+  Raises:
+    CheckpointError: It is another one.
+  """
+  here, there = experiment.base_digest, run.facts['base']
+  if here == there:
+    return
+  section = run.config
+  source = section['weights']['path'] or section['checkpoint']['path']
+  where = f'that came from {source}' if source else 'random from its seed'
+  raise CheckpointError(
+    f'{run.origin} holds adapters for the base {there} ({where}), but the base '
+    f'here is {here}; give weights.path or checkpoint.path the one it was '
+    'made for'
+  )
