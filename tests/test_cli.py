@@ -202,7 +202,9 @@ def test_sites_of_the_headline_make_no_array_and_write_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trained_digits_model_reads_and_says_what_it_did(tmp_path):
+def test_a_trained_digits_model_reads_and_says_what_it_did(
+  call_main, tmp_path
+):
   done = run_main(*TINY, '--config.train.steps=6', f'--workdir={tmp_path}')
   assert done.returncode == 0, done.stderr
   for part in (
@@ -218,7 +220,7 @@ def test_a_trained_digits_model_reads_and_says_what_it_did(tmp_path):
   # of its threads, so it does not get to see it.
   path = tmp_path / 'checkpoints' / '6' / 'variables' / '_sharding'
   path.write_bytes(path.read_bytes()[:-9])
-  done = run_main(*TINY, f'--workdir={tmp_path}', '--mode=eval')
+  done = call_main(*TINY, f'--workdir={tmp_path}', '--mode=eval')
   check_mistake(
     (done.returncode, done.stderr), 'is damaged: variables/_sharding has '
   )

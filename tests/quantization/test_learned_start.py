@@ -168,22 +168,30 @@ def test_a_range_ends_where_qvit_clips(digits_config):
   assert 'encoder/block_00/attn/qk/lhs_step' not in found  # in float
 
 
-def test_a_resumed_run_needs_no_file_and_goes_on_bitwise(
-  float_run, files, tmp_path, monkeypatch
-):
+@pytest.fixture(scope='module')
+def learned_run(float_run, files, tmp_path_factory):
+  """The fields and the workdir of a finished run from a calibration."""
+  place = tmp_path_factory.mktemp('learned')
   fields = LEARNED | {
     'quant.calibration_path': files[2], 'quant.steps': files[0],
     'checkpoint.path': str(float_run), 'train.ema_decay': 0.9,
   }  # fmt: skip
-  modes.run('train', config_of(**fields), str(tmp_path / 'flat'))
+  modes.run('train', config_of(**fields), str(place))
+  return fields, place
+
+
+def test_a_resumed_run_needs_no_file_and_goes_on_bitwise(
+  learned_run, tmp_path, monkeypatch
+):
+  fields, flat = learned_run
   with monkeypatch.context() as context:
     stop_after(context, 4)
     with pytest.raises(Exception, match='stopped by'):
       modes.run('train', config_of(**fields), str(tmp_path / 'cut'))
-  fields['quant.calibration_path'] = 'gone'
+  fields = fields | {'quant.calibration_path': 'gone'}
   modes.run('train', config_of(**fields), str(tmp_path / 'cut'))
-  assert end_state(tmp_path / 'cut') == end_state(tmp_path / 'flat')
-  assert rows(tmp_path / 'cut') == rows(tmp_path / 'flat')
+  assert end_state(tmp_path / 'cut') == end_state(flat)
+  assert rows(tmp_path / 'cut') == rows(flat)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +215,12 @@ def test_statistics_of_something_else_are_refused(
 
 
 def test_a_checkpoint_with_learned_steps_needs_no_calibration(
-  float_run, files, tmp_path
+  float_run, files, learned_run, tmp_path
 ):
-  fields = LEARNED | {'quant.steps': files[0], 'train.steps': 1}
-  modes.run('train', config_of(**fields), str(tmp_path / 'run'))
   with pytest.raises(ConfigError, match='brings learned steps; leave it out'):
     start(
       float_run, files, tmp_path / 'next',
-      **{'checkpoint.path': str(tmp_path / 'run')},
+      **{'checkpoint.path': str(learned_run[1])},
     )  # fmt: skip
 
 
@@ -251,7 +257,9 @@ def test_paths_of_what_is_not_finite_come_in_order():
   assert tree.not_finite({'c': good}) == []
 
 
-@pytest.mark.parametrize('clip_norm', [0.0, 1.0])
+@pytest.mark.parametrize(
+  'clip_norm', [0.0, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_a_step_that_an_update_breaks_is_named(
   tmp_path, monkeypatch, clip_norm
 ):

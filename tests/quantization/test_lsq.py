@@ -553,11 +553,22 @@ def test_learned_zero_points_do_not_start_a_run_without_them(
     np.testing.assert_allclose(found[f'params/{name}'], x, atol=1e-9)
 
 
-def test_another_recipe_or_form_does_not_resume(float_run, tmp_path):
-  changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6}
-  digits_run(tmp_path, 'run', **changes)
-  with pytest.raises(Exception, match="quant.recipe is 'lsq' there, 'qvit'"):
-    digits_run(tmp_path, 'run', **{**changes, 'quant.recipe': 'qvit'})
+def qvit_changes(float_run):
+  return {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6,
+          'quant.recipe': 'qvit'}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def qvit_run(float_run, tmp_path_factory):
+  """The config and the workdir of a finished run."""
+  place = tmp_path_factory.mktemp('qvit')
+  return digits_run(place, 'run', **qvit_changes(float_run)), place / 'run'
+
+
+def test_another_recipe_or_form_does_not_resume(float_run, qvit_run):
+  changes = {**qvit_changes(float_run), 'quant.recipe': 'lsq'}
+  with pytest.raises(Exception, match="quant.recipe is 'qvit' there, 'lsq'"):
+    digits_run(qvit_run[1].parent, 'run', **changes)
 
 
 def test_turned_inputs_are_told_from_others(tmp_path):
@@ -594,17 +605,14 @@ def test_fields_of_other_recipes_are_refused(recipe, field, value, message):
     modes.run('train', config, 'unused', overrides=[field])
 
 
-def test_the_packed_export_of_a_run_has_its_accuracy(
-  float_run, tmp_path, capsys
-):
-  changes = {**LEARNED, 'checkpoint.path': str(float_run), 'train.steps': 6,
-             'quant.recipe': 'qvit'}  # fmt: skip
-  config = digits_run(tmp_path, 'run', **changes)
+def test_the_packed_export_of_a_run_has_its_accuracy(qvit_run, capsys):
+  config, workdir = qvit_run
+  config = config.copy_and_resolve_references()
   config.checkpoint.path, config.export.format = '', 'packed'
-  modes.run('export', config, str(tmp_path / 'run'))
+  modes.run('export', config, str(workdir))
   text = capsys.readouterr().out
   assert 'within 0 of the run, 100.0% of the classes equal' in text
   assert 'not rectified' not in text
   config.export.format = 'npz'
-  modes.run('export', config, str(tmp_path / 'run'))
+  modes.run('export', config, str(workdir))
   assert 'note: queries and keys are not rectified' in capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 
 from qvit_jax import modes
 from qvit_jax.store.checkpoint import Checkpoints
-from tests.conftest import EIGHT_DEVICES, ROOT, TINY, run_main
+from tests.conftest import EIGHT_DEVICES, ROOT, TINY
 
 # Runs modes.run for each (name, overrides) it is given, in one process.
 _SCRIPT = """
@@ -21,6 +21,32 @@ from qvit_jax import modes
 from tests.conftest import make_sharded_config
 for name, fields in json.loads(sys.argv[2]).items():
   modes.run('train', make_sharded_config(fields), f'{sys.argv[1]}/{name}')
+"""
+# How arrays are split, printed in the same process: its start is dear.
+_SPLITS = """
+import jax
+from qvit_jax.training import sharding
+from tests.conftest import make_sharded_config
+mesh = sharding.make_mesh(make_sharded_config(
+    {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4}))
+S = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
+shapes = {'attn': {'query': {'kernel': S(64, 4, 16)}},
+          'odd': {'kernel': S(65, 67)},
+          'three': {'query': {'kernel': S(64, 3, 5)}},
+          'bias': S(64)}
+places, notes = sharding.infer(shapes, mesh, [('query/kernel$', 1)])
+for path in ('attn', 'three'):
+  print(path, tuple(places[path]['query']['kernel'].spec))
+print('odd', tuple(places['odd']['kernel'].spec))
+print('bias', tuple(places['bias'].spec))
+print('\\n'.join(notes))
+from qvit_jax.experiment.experiment import Experiment
+config = make_sharded_config({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4})
+state = Experiment(config, training=True).fresh_state(jax.random.key(0))
+block = lambda tree: tree['params']['encoder']['block_00']
+for tree in (state.variables, state.opt_state[0].mu):
+  x = block(tree)['mlp']['fc1']['kernel']
+  print('fc1', x.shape, 'shard', x.addressable_shards[0].data.shape)
 """
 RUNS = {'none': {'quant.recipe': 'none'}, 'aqt': {'quant.recipe': 'aqt'}}
 MESHES = {
@@ -37,7 +63,7 @@ def losses(workdir):
   return np.array([r['loss'] for r in rows if r['split'] == 'train'])
 
 
-def on_eight(folder, recipes, left_out=()):
+def on_eight(folder, recipes, left_out=(), script=_SCRIPT):
   """Trains {name: overrides} on both meshes; returns what was printed."""
   runs = {
     f'{recipe}_{mesh}': {**fields, **axes}
@@ -47,7 +73,7 @@ def on_eight(folder, recipes, left_out=()):
   }
   env = {**os.environ, **EIGHT_DEVICES, 'PYTHONPATH': str(ROOT)}
   done = subprocess.run(
-    [sys.executable, '-c', _SCRIPT, str(folder), json.dumps(runs)],
+    [sys.executable, '-c', script, str(folder), json.dumps(runs)],
     env=env,
     cwd=ROOT,
     capture_output=True,
@@ -64,7 +90,8 @@ def eight_devices(tmp_path_factory):
   """Returns (folder of all runs, what was printed)."""
   folder = tmp_path_factory.mktemp('mesh')
   # That one is a slow test's.
-  return folder, on_eight(folder, RUNS, [('aqt', 'data2_tensor4')])
+  left_out = [('aqt', 'data2_tensor4')]
+  return folder, on_eight(folder, RUNS, left_out, _SCRIPT + _SPLITS)
 
 
 @pytest.fixture(scope='module')
@@ -137,37 +164,8 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(
   assert here['loss'] == pytest.approx(there['loss'], abs=1e-5)
 
 
-def test_sharding_splits_large_arrays_and_names_the_others():
-  code = """
-import jax
-from qvit_jax.training import sharding
-from tests.conftest import make_sharded_config
-mesh = sharding.make_mesh(make_sharded_config(
-    {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4}))
-S = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
-shapes = {'attn': {'query': {'kernel': S(64, 4, 16)}},
-          'odd': {'kernel': S(65, 67)},
-          'three': {'query': {'kernel': S(64, 3, 5)}},
-          'bias': S(64)}
-places, notes = sharding.infer(shapes, mesh, [('query/kernel$', 1)])
-for path in ('attn', 'three'):
-  print(path, tuple(places[path]['query']['kernel'].spec))
-print('odd', tuple(places['odd']['kernel'].spec))
-print('bias', tuple(places['bias'].spec))
-print('\\n'.join(notes))
-from qvit_jax.experiment.experiment import Experiment
-config = make_sharded_config({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4})
-state = Experiment(config, training=True).fresh_state(jax.random.key(0))
-block = lambda tree: tree['params']['encoder']['block_00']
-for tree in (state.variables, state.opt_state[0].mu):
-  x = block(tree)['mlp']['fc1']['kernel']
-  print('fc1', x.shape, 'shard', x.addressable_shards[0].data.shape)
-"""
-  env = {**os.environ, **EIGHT_DEVICES, 'PYTHONPATH': str(ROOT)}
-  out = subprocess.run(
-    [sys.executable, '-c', code], env=env, cwd=ROOT, text=True,
-    capture_output=True, timeout=300, check=True,
-  ).stdout  # fmt: skip
+def test_sharding_splits_large_arrays_and_names_the_others(eight_devices):
+  out = eight_devices[1]
   # Parameters and both optimizer moments lie in eighths.
   assert out.count('fc1 (64, 128) shard (32, 32)') == 2
   assert "attn ('fsdp', 'tensor', None)" in out
@@ -183,7 +181,7 @@ for tree in (state.variables, state.opt_state[0].mu):
   )
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, call_main):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
@@ -208,7 +206,7 @@ def test_two_processes_train_as_one(tmp_path):
   assert [worker.returncode for worker in workers] == [0, 0], outputs
   assert '2 process(es)' in outputs[0]
   assert 'step 1/5' not in outputs[1]  # one of them speaks and writes
-  alone = run_main(*flags, f'--workdir={tmp_path / "one"}')
+  alone = call_main(*flags, f'--workdir={tmp_path / "one"}')
   assert alone.returncode == 0, alone.stderr
   np.testing.assert_allclose(
     losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=0, atol=1e-3
