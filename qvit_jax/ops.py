@@ -38,7 +38,7 @@ class Site:
   """The address, kind and shape of one product of the model.
 
   Attributes:
-    path: Where it is, such as 'encoder/block_03/attn/query'.
+    path: Where it is, such as 'stage1/conv2'.
     kind: 'dense', 'conv' (non-overlapping patches), 'qk' or 'av'.
     lhs_shape: Left operand for one image, without the batch axis.
     rhs_shape: Kernel [i, o] of a layer; right operand for one image otherwise.

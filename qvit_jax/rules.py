@@ -23,7 +23,7 @@ def match(
 
   Args:
     rules: (regex, value) pairs, tried in order with `re.search`.
-    paths: Paths such as 'encoder/block_03/attn/query'.
+    paths: Paths such as 'stage1/conv2'.
     field: Name of the config field, for messages.
     applies: Says whether a matching rule may be used on a path.
 
@@ -52,7 +52,7 @@ def _compile(rule, i: int, field: str) -> tuple[re.Pattern, Any]:
   if not isinstance(rule, (tuple, list)) or len(rule) != 2:
     raise RuleError(
       f'{field}[{i}]: {rule!r} is no rule; write (regex, value) pairs such '
-      "as (('head', 'w8a8'),)"
+      "as (('REGEX', 'w8a8'),)"
     )
   try:
     return re.compile(rule[0]), rule[1]

@@ -101,7 +101,7 @@ def test_pattern_that_is_no_text_is_an_error(pattern):
 def test_rule_that_is_no_pair_is_an_error(rule):
   message = failure(rule)
   assert f'quant.rules[0]: {rule!r} is no rule' in message
-  assert "(('head', 'w8a8'),)" in message
+  assert "(('REGEX', 'w8a8'),)" in message
 
 
 def test_rule_is_not_used_where_it_does_not_apply():

@@ -50,7 +50,7 @@ _BELOW_ONE = _number(0, 1)
 
 LEGAL: dict[str, Check] = {
   'seed': _number(0, 2**32),
-  'model.name': _one_of('vit'),
+  'model.name': _ANY,  # `models.family` knows the names
   'model.size': _ANY,
   'model.patch': _ONE_UP,
   'model.width': _ONE_UP,

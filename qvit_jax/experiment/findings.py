@@ -68,7 +68,7 @@ def histograms(
   config: Any,
   rows: Sequence[Row],
   sites: Sequence[Site],
-  stream: Stream,
+  stream: Stream | None,
   params: dict[str, np.ndarray],
   stats: Mapping[str, SiteStats] | None,
 ) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def histograms(
     config: Its `ptq` has the range method.
     rows: The static ones say where they clip.
     sites: All products.
-    stream: Of the model.
+    stream: Of the model; None: it has none.
     params: Float parameters.
     stats: Of the untransformed model; None: no row needed any.
   """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
+from qvit_jax.errors import ConfigError
 from qvit_jax.lora import frozen as frozen_lib
 from qvit_jax.ops import FloatCore, Ops
 from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
@@ -58,8 +59,13 @@ class Model:
     return dict(self._trained.init(key, images))
 
   def _make_ops(self, plan: QuantPlan) -> Ops:
-    hidden = models.stream(self.config).hidden
-    ops = build_ops(self.config.quant, plan, hidden=hidden)
+    stream, quant = models.stream(self.config), self.config.quant
+    if stream is None and quant.hadamard:
+      raise ConfigError(
+        'quant.hadamard=True turns layers that write to a residual stream; '
+        f'{self.config.model.name} has none. Set --config.quant.hadamard=False'
+      )
+    ops = build_ops(quant, plan, hidden=stream.hidden if stream else ())
     return self.frozen.ops(ops) if self.frozen else ops
 
   def _trainable(self) -> tuple[str, ...]:
@@ -104,11 +110,7 @@ class Model:
   def title(self) -> str:
     """One line: what it is and how many numbers it learns."""
     model = self.config.model
-    shape = models.architecture(self.config)
-    name = model.size or (
-      f'width {shape["width"]}, depth {shape["depth"]}, {shape["heads"]} '
-      f'heads, MLP {shape["mlp_dim"]}, patch {shape["patch"]}'
-    )
+    name = models.family(self.config).title(model)
     count = tree.num_elements(self.float_shapes['params'])
     return (
       f'{model.name} {name}, {model.image_size} px, {model.num_classes} '

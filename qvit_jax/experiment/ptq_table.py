@@ -23,7 +23,12 @@ from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq import calibrate, compare
-from qvit_jax.quantization.ptq.rows import Row, check_groups, parse_row
+from qvit_jax.quantization.ptq.rows import (
+  Row,
+  check_groups,
+  check_stream,
+  parse_row,
+)
 from qvit_jax.quantization.ptq.tune import tune
 from qvit_jax.report import page
 from qvit_jax.report import rows as report
@@ -70,6 +75,7 @@ class Table:
       )
     self.sites = experiment.model.plan.sites
     self.stream = models.stream(config)
+    check_stream(self.rows, self.stream)
     self.qat = [
       findings.qat_row(path, config, experiment.data.evaluated)
       for path in config.ptq.qat_runs

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from qvit_jax import models
@@ -32,7 +33,6 @@ _EVALUATED = (
   'eval.num_examples',
 )  # fmt: skip
 _RECORD = 'point.json'
-_STEM = 'patch_embed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,28 +95,30 @@ def _training_config(config: Any, spec: QuantSpec) -> Any:
   })  # fmt: skip
   config_lib.validate(own, mode='train', overrides=())
   own = Model(own).config  # rules that match nothing; what 'auto' trains
-  if not any(re.search(pattern, _STEM) for pattern, _ in own.quant.rules):
-    rules = (*own.quant.rules, _stem_rule(spec))
+  stem = models.family(own).stem
+  if not any(re.search(pattern, stem) for pattern, _ in own.quant.rules):
+    rules = (*own.quant.rules, _stem_rule(stem, spec))
     own = config_lib.with_fields(own, {'quant.rules': rules})
   return own
 
 
-def _stem_rule(spec: QuantSpec) -> tuple[str, str]:
+def _stem_rule(stem: str, spec: QuantSpec) -> tuple[str, str]:
   """Returns the rule that gives the stem the bits it has in rows of PTQ."""
   bits = QuantSpec(spec.weights, max(spec.acts or 0, STEM_ACTS))
-  return f'^{_STEM}$', str(bits)
+  return f'^{stem}$', str(bits)
 
 
 def _differences(run: Run) -> list[str]:
   """Returns layers whose bits differ from those of the row of PTQ."""
   quant, sites = run.config.quant, models.list_sites(run.config)
   specs = build_plan(quant, sites).by_path
-  stem = _stem_rule(parse_spec(run.spec, field='ptq.qat_specs'))[1]
+  stem = models.family(run.config).stem
+  _, bits = _stem_rule(stem, parse_spec(run.spec, field='ptq.qat_specs'))
   return [
     f'{site.path} {specs[site.path]}'
     for site in sites
     if site.is_layer
-    and str(specs[site.path]) != (stem if site.path == _STEM else run.spec)
+    and str(specs[site.path]) != (bits if site.path == stem else run.spec)
   ]
 
 
@@ -283,7 +285,9 @@ def given(
       along.append('quant.attention')
     for name in along:
       settings.pop(name)
-    stem = _stem_rule(parse_spec(quant['default'], field='quant.default'))
+    family = models.family(ml_collections.ConfigDict(trained))
+    bits = parse_spec(quant['default'], field='quant.default')
+    stem = _stem_rule(family.stem, bits)
     rules = settings['quant.rules']
     settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
     # Runs that began with other weights are no seeds of one training.

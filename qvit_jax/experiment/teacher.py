@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,9 @@ class Teacher:
       if on
     )
     self._check(student, own)
+    # (of the student, of the teacher): their layers may have other names.
+    self._heads = tuple(models.family(x.config).head for x in (student, own))
+    self._pairs = tuple(_pairs(x) for x in (student, own))
     self._apply = self.tapped(own.config, own.model.ops)
     self.given: dict[str, Any] = {'variables': variables}
     self.lines = [f'{own.model.title}; {origin}', own.model.bits]
@@ -124,13 +127,15 @@ class Teacher:
       share = train.distill_weight
       loss = (1 - share) * label_loss + share * parts[-1]
     if self._features:
-      name = f'{_SEEN}/head/lhs'
+      ours, theirs = (f'{_SEEN}/{head}/lhs' for head in self._heads)
       parts.append(
-        losses.feature_distance(seen[name], known[name], given['directions'])
+        losses.feature_distance(seen[ours], known[theirs], given['directions'])
       )
       loss = loss + train.feature_weight * parts[-1]
     if self._dgd:
-      parts.append(dgd_loss(_queries_and_keys(seen), _queries_and_keys(known)))
+      ours, theirs = self._pairs
+      here = _queries_and_keys(seen, ours)
+      parts.append(dgd_loss(here, _queries_and_keys(known, theirs)))
       loss = loss + self._dgd * parts[-1]
     return loss, tuple(parts)
 
@@ -142,9 +147,11 @@ class Teacher:
         _SEEN, name, value, reduce_fn=lambda old, new: new, init_fn=tuple
       )
 
+    head = models.family(config).head
+
     def tap(module, site, lhs, rhs, dims):
       del dims
-      if site.path == 'head' and self._features:
+      if site.path == head and self._features:
         keep(module, 'lhs', lhs)
       if site.kind == 'qk' and self._dgd:
         keep(module, 'lhs', lhs)
@@ -159,7 +166,10 @@ class Teacher:
       {site.path: site for site in experiment.model.plan.sites}
       for experiment in (student, own)
     )
-    width, there = (s['head'].lhs_shape[-1] for s in (ours, theirs))
+    width, there = (
+      sites[models.family(experiment.config).head].lhs_shape[-1]
+      for experiment, sites in ((student, ours), (own, theirs))
+    )
     if self._features and width != there:
       raise ConfigError(
         'train.feature_weight compares the features before both heads, but '
@@ -171,6 +181,17 @@ class Teacher:
       [s.lhs_shape[:2] for s in sites.values() if s.kind == 'qk']
       for sites in (ours, theirs)
     )
+    if self._dgd and not here:
+      raise ConfigError(
+        f'quant.dgd={self._dgd:g} compares queries and keys of attention, of '
+        'which the student has none; set --config.quant.dgd=0'
+      )
+    if self._dgd and not there:
+      raise ConfigError(
+        f'quant.dgd={self._dgd:g} compares queries and keys of attention, of '
+        'which the teacher has none; give a teacher with the same layers and '
+        'heads or set --config.quant.dgd=0'
+      )
     if self._dgd and here != there:
       shapes = (
         f'{len(maps)} layers, {maps[0][1]} heads, {maps[0][0]} tokens'
@@ -184,10 +205,11 @@ class Teacher:
 
   def _features_of(self, student: Experiment) -> np.ndarray:
     """Returns the teacher's features of training images, [m, d]."""
+    name = f'{_SEEN}/{self._heads[1]}/lhs'
 
     def features(variables, images):
       _, seen = self._apply(variables, images, train=False)
-      return seen[_SEEN]['head']['lhs'].astype(jnp.float32)
+      return tree.flatten(seen)[name].astype(jnp.float32)
 
     features = jax.jit(features, out_shardings=student.whole_sharding)
     count = min(_IMAGES, student.data.train.size)
@@ -215,10 +237,17 @@ class Teacher:
     return ' + '.join(said)
 
 
-def _queries_and_keys(seen: dict[str, Any]) -> list[tuple[Any, Any]]:
-  # Paths end in '/qk/lhs' and '/qk/rhs'; layers sort by their number.
-  queries = sorted(name for name in seen if name.endswith('/qk/lhs'))
-  return [(seen[name], seen[f'{name[:-3]}rhs']) for name in queries]
+def _pairs(experiment: Experiment) -> tuple[str, ...]:
+  """Returns the paths of products of queries and keys, first layer first."""
+  return tuple(s.path for s in experiment.model.plan.sites if s.kind == 'qk')
+
+
+def _queries_and_keys(
+  seen: dict[str, Any], paths: Sequence[str]
+) -> list[tuple[Any, Any]]:
+  return [
+    (seen[f'{_SEEN}/{path}/lhs'], seen[f'{_SEEN}/{path}/rhs']) for path in paths
+  ]
 
 
 def load_teacher(experiment: Experiment) -> Teacher:

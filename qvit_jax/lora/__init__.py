@@ -1,7 +1,6 @@
 """Low-rank adapters: their math, and what they lie beside."""
 
 from qvit_jax.lora.adapter import (
-  HEAD,
   Adapter,
   by_layer,
   count_lines,
@@ -12,6 +11,6 @@ from qvit_jax.lora.adapter import (
 )
 
 __all__ = [
-    'HEAD', 'Adapter', 'by_layer', 'count_lines', 'merge', 'resolve', 'start',
+    'Adapter', 'by_layer', 'count_lines', 'merge', 'resolve', 'start',
     'unmerge',
 ]  # fmt: skip

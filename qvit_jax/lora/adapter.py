@@ -25,16 +25,9 @@ from jaxtyping import Array, Float
 
 from qvit_jax import rules, tree
 from qvit_jax.errors import ConfigError
+from qvit_jax.models import Family
 from qvit_jax.ops import Site, dot_general
 
-# Layers by name; the head is trained itself, so it gets no adapter.
-TARGETS = {
-  'attn': r'attn/(query|key|value|out)$',
-  'qv': r'attn/(query|value)$',
-  'mlp': r'mlp/fc[12]$',
-  'all': r'',
-}
-HEAD = 'head'
 _LOFTQ_STEPS = 5  # as the paper's experiments
 _EPSILON = 1e-12
 
@@ -260,6 +253,7 @@ class Adapter:
 def resolve(
   section: Any,
   sites: Sequence[Site],
+  family: Family,
   *,
   merges: bool,
   unpack: Callable[[Any], Array] | None = None,
@@ -269,6 +263,8 @@ def resolve(
   Args:
     section: `config.lora`.
     sites: All products of the model.
+    family: Names groups of layers, and the head, which gets no adapter: it is
+      trained itself.
     merges: See `Adapter`.
     unpack: See `Adapter`.
 
@@ -278,9 +274,9 @@ def resolve(
   """
   if not section.rank:
     return None
-  layers = {s.path: s for s in sites if s.is_layer and s.path != HEAD}
+  layers = {s.path: s for s in sites if s.is_layer and s.path != family.head}
   # A target that is no name is a regex itself.
-  patterns = [(TARGETS.get(name, name), name) for name in section.targets]
+  patterns = [(family.targets.get(x, x), x) for x in section.targets]
   named = rules.match(patterns, layers, field='lora.targets')
   for path in named:
     shape = layers[path].rhs_shape

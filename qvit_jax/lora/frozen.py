@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from qvit_jax import tree
+from qvit_jax import models, tree
 from qvit_jax.errors import ConfigError
 from qvit_jax.lora import adapter as lora
 from qvit_jax.lora.frozen_core import BITS, FrozenCore, plan_frozen
@@ -32,6 +32,7 @@ class Frozen:
   Attributes:
     adapter: The delta slot.
     sites: All products of the model.
+    head: Path of the layer that is trained itself.
     bits: Of packed kernels; None: they stay in float.
     group: Input channels that share a scale; 0: all.
     collections: What is trained unless `train.trainable` says otherwise.
@@ -39,6 +40,7 @@ class Frozen:
 
   adapter: lora.Adapter
   sites: tuple[Site, ...]
+  head: str
   bits: int | None
   group: int
   collections: tuple[str, ...]
@@ -53,7 +55,7 @@ class Frozen:
     """Returns the bits of a model with these kernels."""
     if self.bits is None:
       return plan
-    return plan_frozen(self.sites, self.bits, (lora.HEAD,))
+    return plan_frozen(self.sites, self.bits, (self.head,))
 
   def ops(self, ops: Ops) -> Ops:
     """Returns the arithmetic with adapters, over packed kernels or not."""
@@ -69,7 +71,7 @@ class Frozen:
     factors = lora.by_layer(variables['lora'])
     packed = {}
     for site in self.sites:
-      if not site.is_layer or site.path == lora.HEAD:
+      if not site.is_layer or site.path == self.head:
         continue
       name = f'{site.path}/kernel'
       kernel = params.pop(name)
@@ -156,7 +158,7 @@ class Frozen:
     return count + sum(
       s.rhs_shape[0] * s.rhs_shape[1]
       for s in self.sites
-      if s.is_layer and s.path != lora.HEAD
+      if s.is_layer and s.path != self.head
     )
 
 
@@ -166,10 +168,11 @@ def build(config: Any, sites: Sequence[Site]) -> Frozen | None:
   Raises:
     ConfigError: See `lora.resolve`; or kernels are to be trained themselves.
   """
-  bits = BITS.get(config.lora.base)
+  bits, family = BITS.get(config.lora.base), models.family(config)
   adapter = lora.resolve(
     config.lora,
     sites,
+    family,
     merges=config.quant.recipe != 'none',
     unpack=dequantize if bits else None,
   )
@@ -183,5 +186,7 @@ def build(config: Any, sites: Sequence[Site]) -> Frozen | None:
         f'lora.rank={config.lora.rank} freezes, such as params/{path}/kernel; '
         'leave it out, or set --config.lora.rank=0 --config.lora.targets="()"'
       )
-  trained = ('lora', f'params/{lora.HEAD}')
-  return Frozen(adapter, tuple(sites), bits, config.lora.group, trained)
+  trained = ('lora', f'params/{family.head}')
+  return Frozen(
+    adapter, tuple(sites), family.head, bits, config.lora.group, trained
+  )

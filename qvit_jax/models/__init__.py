@@ -1,8 +1,11 @@
 """The models, by name."""
 
+import difflib
+
 import jax
 import jax.numpy as jnp
 
+from qvit_jax.errors import ConfigError
 from qvit_jax.models import vit
 from qvit_jax.models.family import Family
 from qvit_jax.ops import Ops, Site, Stream
@@ -16,8 +19,19 @@ FAMILIES: dict[str, Family] = {'vit': vit.FAMILY}
 
 
 def family(config) -> Family:
-  """Returns the record of the config's kind of model."""
-  return FAMILIES[config.model.name]
+  """Returns the record of the config's kind of model.
+
+  Raises:
+    ConfigError: There is no such kind.
+  """
+  name = config.model.name
+  if name not in FAMILIES:
+    near = difflib.get_close_matches(str(name), FAMILIES, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+      f'model.name={name!r} is no kind of model; allowed: '
+      f'{" | ".join(map(repr, FAMILIES))}. Set --config.model.name={near}'
+    )
+  return FAMILIES[name]
 
 
 def build_model(config, ops: Ops = Ops()):  # noqa: B008 - Ops is frozen
@@ -42,9 +56,10 @@ def tensor_rules(config) -> tuple[tuple[str, int], ...]:
   return family(config).tensor_rules
 
 
-def stream(config) -> Stream:
-  """Returns who writes to and reads from the model's residual stream."""
-  return family(config).stream(config.model)
+def stream(config) -> Stream | None:
+  """Returns who writes to and reads from the residual stream; None: no one."""
+  make = family(config).stream
+  return make(config.model) if make else None
 
 
 def list_sites(config) -> list[Site]:
@@ -63,12 +78,4 @@ def architecture(config) -> dict:
   Two configs with equal architectures can exchange checkpoints; dropouts,
   compute dtype and remat may differ.
   """
-  model = config.model
-  return family(config).resolve_shape(model) | {
-      name: model[name]
-      for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
-                   'qk_norm', 'norm_eps')
-  } | {'layer_scale': bool(model.layer_scale)} | (
-      # Newer than the first files, which lack it: named where it is on.
-      {'norm_after_pool': True} if model.norm_after_pool else {}
-  )  # fmt: skip
+  return family(config).architecture(config.model)

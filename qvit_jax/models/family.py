@@ -13,18 +13,22 @@ class Family:
 
   Attributes:
     from_config: (config.model, arithmetic) -> Flax module.
-    resolve_shape: config.model -> {field: value} that decides its arrays.
-    stream: config.model -> its residual stream.
+    architecture: config.model -> what decides its arrays and function, as JSON
+      values; raises ConfigError where no such model is possible.
+    title: config.model -> its size in a few words.
     tensor_rules: (parameter regex, axis that `mesh.tensor` splits) rules.
     stem: Path of the first layer, which sees pixels.
     head: Path of the last layer, which gives the logits.
     targets: {name: regex of layer paths} that `lora.targets` may name.
+    stream: config.model -> its residual stream; None: the family has none
+      whose channels could be turned or scaled as one.
   """
 
   from_config: Callable[[Any, Ops], Any]
-  resolve_shape: Callable[[Any], dict[str, int]]
-  stream: Callable[[Any], Stream]
+  architecture: Callable[[Any], dict[str, Any]]
+  title: Callable[[Any], str]
   tensor_rules: tuple[tuple[str, int], ...]
   stem: str
   head: str
   targets: dict[str, str]
+  stream: Callable[[Any], Stream] | None = None

@@ -287,6 +287,27 @@ def resolve_shape(model) -> dict[str, int]:
   return shape
 
 
+def architecture(model) -> dict[str, Any]:
+  """Returns what decides arrays and function; see `Family`."""
+  return resolve_shape(model) | {
+      name: model[name]
+      for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
+                   'qk_norm', 'norm_eps')
+  } | {'layer_scale': bool(model.layer_scale)} | (
+      # Newer than the first files, which lack it: named where it is on.
+      {'norm_after_pool': True} if model.norm_after_pool else {}
+  )  # fmt: skip
+
+
+def title(model) -> str:
+  """Returns the size of `config.model`, such as 'B/16'."""
+  shape = resolve_shape(model)
+  return model.size or (
+    f'width {shape["width"]}, depth {shape["depth"]}, {shape["heads"]} '
+    f'heads, MLP {shape["mlp_dim"]}, patch {shape["patch"]}'
+  )
+
+
 def stream(model) -> Stream:
   """Returns who writes to and reads from the residual stream."""
   blocks = [
@@ -331,8 +352,8 @@ def from_config(model, ops: Ops) -> ViT:
 
 FAMILY = Family(
   from_config=from_config,
-  resolve_shape=resolve_shape,
-  stream=stream,
+  architecture=architecture,
+  title=title,
   tensor_rules=TENSOR_RULES,
   stem='patch_embed',
   head='head',
@@ -342,4 +363,5 @@ FAMILY = Family(
     'mlp': r'mlp/fc[12]$',
     'all': r'',
   },
+  stream=stream,
 )

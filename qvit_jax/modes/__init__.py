@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from qvit_jax import models
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.modes.session import say
 
@@ -28,6 +29,7 @@ def run(
   """
   overrides = list(overrides)
   notes = config_lib.validate(config, mode=mode, overrides=overrides)
+  models.family(config)  # refuses names that no model has
   if 'weights.path' in overrides and 'weights.required' not in overrides:
     config.weights.required = True  # who names weights wants these
   if mode != 'sites':

@@ -131,7 +131,7 @@ def _packed(experiment: Experiment, variables, params, target, say):
     ).observe((), {name: np.asarray(x) for name, x in flat.items()})
   plans, quant = {}, {}
   for site in sites:
-    packs = site.is_layer and site.path != lora.HEAD
+    packs = site.is_layer and site.path != frozen.head
     plans[site.path] = SitePlan(frozen.bits if packs else None)
     if not site.is_layer:
       continue

@@ -49,7 +49,6 @@ def test_every_field_is_explained():
   ('field', 'value'),
   [
     ('seed', -1),
-    ('model.name', 'resnet'),
     ('model.depth', 0),
     ('model.num_classes', 1),
     ('model.pool', 'max'),

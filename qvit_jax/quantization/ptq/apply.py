@@ -34,7 +34,7 @@ from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 def transform(
   row: Row,
   params: dict[str, np.ndarray],
-  stream: Stream,
+  stream: Stream | None,
   observe: Callable[[tuple[str, ...], dict], Mapping[str, SiteStats]],
   *,
   seed: int,
@@ -44,7 +44,8 @@ def transform(
   Args:
     row: Its transforms are applied in the order of `rows.TRANSFORMS`.
     params: Path to float32 array.
-    stream: Who writes to and reads from the residual stream.
+    stream: Who writes to and reads from the residual stream. None: the model
+      has none; `rows.check_stream` has refused the rows that need it.
     observe: (transforms so far, parameters so far) -> statistics.
     seed: Of the rotations.
   """
@@ -72,7 +73,7 @@ def plan_sites(
   row: Row,
   sites: Sequence[Site],
   params: dict[str, np.ndarray],
-  stream: Stream,
+  stream: Stream | None,
   chosen: Mapping[str, QuantSpec] | None = None,
 ) -> dict[str, SitePlan]:
   """Returns how each product of a quantized row runs.
@@ -81,7 +82,7 @@ def plan_sites(
     row: What is asked for.
     sites: All products of the model.
     params: Float parameters; 'mixed_variance' looks at them.
-    stream: Says which layers `hadamard` can help.
+    stream: Says which layers `hadamard` can help; None as above.
     chosen: Bits of each site, for 'mixed_sensitivity'.
   """
   spread = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from qvit_jax.errors import ConfigError, QuantError
-from qvit_jax.ops import Site
+from qvit_jax.ops import Site, Stream
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 STEM_ACTS = 8  # bits at least: pixels do not survive fewer
@@ -14,6 +14,7 @@ STEM_ACTS = 8  # bits at least: pixels do not survive fewer
 # not its function, then kernels are rounded, then what stays float is fitted.
 TRANSFORMS = ('rotate', 'smooth_quant', 'reparametrize')
 ROUNDINGS = ('gptq', 'adaround')
+STREAM_SOLVERS = (*TRANSFORMS, 'hadamard')  # need `ops.Stream`
 SOFTMAX = ('log2_softmax', 'twin_softmax')
 SOLVERS = (
   *TRANSFORMS, 'hadamard', *ROUNDINGS, *SOFTMAX, 'bias_correction', 'tune',
@@ -222,6 +223,23 @@ def _base(base: str, text: str) -> Row:
     f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
     f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
   )
+
+
+def check_stream(rows: Sequence[Row], stream: Stream | None) -> None:
+  """Refuses rows that turn or scale a residual stream where there is none.
+
+  Raises:
+    ConfigError: Such a row; another without these solvers is named.
+  """
+  for row in () if stream else rows:
+    wrong = [s for s in row.solvers if s in STREAM_SOLVERS]
+    if wrong:
+      rest = [s for s in row.solvers if s not in STREAM_SOLVERS] or ['plain']
+      raise ConfigError(
+        f'ptq.rows: {row.name!r} uses {" and ".join(wrong)}, which need a '
+        'residual stream; this model has none. Write '
+        f'{"+".join([row.name.split("+")[0], *rest])!r}'
+      )
 
 
 def check_groups(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
