@@ -134,6 +134,16 @@ class Delta(Protocol):
     """
 
 
+def precision_of(*operands: Array) -> jax.lax.Precision | None:
+  """Returns the precision of a product: float32 operands mean float32.
+
+  Accelerators multiply float32 as TF32 (GPU) or bf16 (TPU) unless they are
+  asked for more; half-width operands are exact as they are.
+  """
+  wide = any(x.dtype == jnp.float32 for x in operands)
+  return jax.lax.Precision.HIGHEST if wide else None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot_general(lhs: Array, rhs: Array, dims: DotDims) -> Array:
   """Returns the product accumulated in float32, for operands of one dtype.
@@ -143,7 +153,13 @@ def dot_general(lhs: Array, rhs: Array, dims: DotDims) -> Array:
   the cotangent is cast to the operands' dtype first; in float32 nothing
   changes.
   """
-  return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    lhs,
+    rhs,
+    dims,
+    precision=precision_of(lhs, rhs),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _dot_forward(lhs, rhs, dims):
@@ -152,7 +168,10 @@ def _dot_forward(lhs, rhs, dims):
 
 def _dot_backward(dims, operands, cotangent):
   _, pullback = jax.vjp(
-    lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dims), *operands
+    lambda lhs, rhs: jax.lax.dot_general(
+      lhs, rhs, dims, precision=precision_of(lhs, rhs)
+    ),
+    *operands,
   )
   return pullback(cotangent.astype(operands[0].dtype))
 

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.ops import Site, dot_general, precision_of
 from qvit_jax.quantization import numerics
 from qvit_jax.quantization.aqt_product import aqt_product
 from qvit_jax.quantization.hadamard import turn_blocks
@@ -78,11 +78,11 @@ def exact_dot(lhs, rhs, dims, largest: int, total: int = 0):
     total: Bound on their sum over the contracted axis, where one is known.
   """
   ((axis,), (other,)), _ = dims
-  size = lhs.shape[axis]
+  size, precision = lhs.shape[axis], precision_of(lhs, rhs)
   piece = max(1, (_EXACT - 1) // largest)
   if size <= piece or 0 < total < _EXACT:
     return jax.lax.dot_general(
-      lhs, rhs, dims, preferred_element_type=jnp.float32
+      lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32
     )
   count = math.ceil(size / piece)
   edges = [size * i // count for i in range(count + 1)]
@@ -92,6 +92,7 @@ def exact_dot(lhs, rhs, dims, largest: int, total: int = 0):
       jax.lax.slice_in_dim(lhs, low, high, axis=axis),
       jax.lax.slice_in_dim(rhs, low, high, axis=other),
       dims,
+      precision=precision,
       preferred_element_type=jnp.float32,
     )
     summed = summed + part.astype(jnp.int32)

@@ -69,7 +69,8 @@ def feature_distance(
     teacher's mean there, which leaves the difference as it is.
   """
   difference = features.astype(jnp.float32) - teacher.astype(jnp.float32)
-  return jnp.square(difference @ directions).mean()
+  parts = jnp.matmul(difference, directions, precision='highest')
+  return jnp.square(parts).mean()
 
 
 def top1(

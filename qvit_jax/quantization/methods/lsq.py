@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qvit_jax.ops import DotDims
+from qvit_jax.ops import DotDims, precision_of
 from qvit_jax.quantization import numerics
 
 # A step below it stands for a dead operand; its gradient still passes.
@@ -239,10 +239,12 @@ def coded_product(
   (a, _), (b, _) = _codes(product, lhs, rhs, left, right)
   exact = product.lhs is not None and product.rhs is not None
   carrier = jnp.bfloat16 if exact else lhs.dtype
+  a, b = a.astype(carrier), b.astype(carrier)
   y = jax.lax.dot_general(
-    a.astype(carrier),
-    b.astype(carrier),
+    a,
+    b,
     product.dims,
+    precision=precision_of(a, b),
     preferred_element_type=jnp.float32,
   )
   for worth in _worth(product, lhs, rhs, left, right):
@@ -299,7 +301,9 @@ def _backward(product: Product, saved, cotangent):
   levels = (x if worth is None else x * worth for x, worth in coded)
   # In the compute dtype, results too: see `ops.dot_general`.
   _, pullback = jax.vjp(
-    lambda a, b: jax.lax.dot_general(a, b, product.dims),
+    lambda a, b: jax.lax.dot_general(
+      a, b, product.dims, precision=precision_of(a, b)
+    ),
     *(x.astype(dtype) for x in levels),
   )
   grads = pullback(cotangent.astype(dtype))

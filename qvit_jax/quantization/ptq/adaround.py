@@ -56,9 +56,12 @@ def round_by_reconstruction(
   nearest = jnp.clip(jnp.round(w / scale), first, last)
   codes_of = lambda up: jnp.clip(down + up, first, last)
 
+  # On accelerators a plain product of float32 keeps 8 or 10 bits.
+  weigh = lambda delta: jnp.matmul(hessian, delta, precision='highest')
+
   def output_error(codes):
     delta = codes * scale - w
-    return (delta * (hessian @ delta)).sum()
+    return (delta * weigh(delta)).sum()
 
   # In units of what plain rounding costs, one layer is like another.
   unit = jnp.maximum(output_error(nearest), 1e-20)
@@ -83,5 +86,5 @@ def round_by_reconstruction(
   v, _ = jax.lax.fori_loop(0, steps, step, (start, chain.init(start)))
   codes = codes_of(jnp.round(_share_up(v)))
   # Never worse than rounding to the nearest, channel by channel.
-  channel = lambda c: ((c * scale - w) * (hessian @ (c * scale - w))).sum(0)
+  channel = lambda c: ((c * scale - w) * weigh(c * scale - w)).sum(0)
   return jnp.where(channel(codes) < channel(nearest), codes, nearest)

@@ -134,7 +134,8 @@ def _add_inputs(module, lhs, hessians: bool) -> None:
   )  # fmt: skip
   if hessians:
     start = jnp.zeros((x.shape[1], x.shape[1]))
-    _keep(module, 'hessian', start, lambda old: old + x.T @ x)
+    square = lambda x: jnp.matmul(x.T, x, precision='highest')
+    _keep(module, 'hessian', start, lambda old: old + square(x))
 
 
 def _stride(shape: tuple[int, ...]) -> int:
