@@ -4,24 +4,17 @@
                  [--config.section.field=value ...]
 
 Modes:
-  train        (default) train, or go on where DIR stopped; evaluate; save
-  eval         evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)
-  ptq          quantize a trained float model, a table of methods and bits
-  sensitivity  quantize each product alone; rank them, choose bits for each
-  sites        print every quantizable product with its bits; needs no workdir
-  merge_lora   fold the adapters of a run with lora.rank into its kernels
-  benchmark    time the model beside its float twin
-  predict      name the likeliest classes of the images in a folder
-  export       write the weights in the layout of timm, transformers or others,
-               or packed into integers
+MODES
 
-Every field of a config is explained in configs/common.py. --debug prints the
-traceback of an error. Exit codes: 0 done, 2 wrong input, 75 stopped by a
-signal after saving (run the same command again).
+--help SECTION and --help section.field explain the fields of a config, and
+configs/common.py lists them all. --debug prints the traceback of an error.
+Exit codes: 0 done, 2 wrong input, 75 stopped by a signal after saving (run the
+same command again).
 """
 
 import errno
 import importlib.util
+import inspect
 import logging as py_logging
 import os
 import pathlib
@@ -29,46 +22,41 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 
-_MODES = (
-    'train', 'eval', 'sites', 'benchmark', 'export', 'ptq', 'sensitivity',
-    'predict',
-    'merge_lora',
-)  # fmt: skip
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
 
 def _parse(argv: list[str]):
-  """Returns (config, names of overridden fields, flags)."""
+  """Returns (config, the page without overrides, their names, flags)."""
   from absl import flags
   from ml_collections import config_flags
 
-  from qvit_jax.config import resolve as config_lib
+  from qvit_jax.config import resolve
   from qvit_jax.errors import ConfigError
+  from qvit_jax.modes import MODES
 
-  defaults = _load(_config_path(argv))
+  path, argument = _config_path(argv)
+  page = _load(path, argument)
   overrides = [
     found.group(1)
     for argument in argv
     if (found := re.match(r'--?(?:no)?config\.([^=]+)', argument))
   ]
   for name in overrides:
-    if name not in config_lib.flatten(defaults):
-      raise ConfigError(
-        f'--config.{name} is unknown; the nearest field is '
-        f'--config.{config_lib.nearest(name, defaults)} (all are in '
-        'configs/common.py)'
-      )
+    resolve.check_name(name, page)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     'config', None, 'Config file.', flag_values=values, lock_config=True
   )
   flags.DEFINE_string('workdir', '', 'Workdir.', flag_values=values)
-  flags.DEFINE_enum('mode', 'train', _MODES, 'Mode.', flag_values=values)
+  flags.DEFINE_enum('mode', 'train', list(MODES), 'Mode.', flag_values=values)
   flags.DEFINE_bool('debug', False, 'Tracebacks.', flag_values=values)
-  sys.argv = argv  # config_flags looks for its overrides there
+  rest = [a for a in _joined(argv) if not re.match('--?config=', a)]
+  given = path if argument is None else f'{path}:{argument}'
+  sys.argv = [rest[0], f'--config={given}', *rest[1:]]  # it looks there too
   try:
-    rest = values(argv)
+    rest = values(sys.argv)
   except (flags.Error, TypeError, ValueError, AttributeError) as error:
     text = ' '.join(str(error).split())
     raise ConfigError(f'{text}; see python main.py --help') from error
@@ -76,20 +64,30 @@ def _parse(argv: list[str]):
     raise ConfigError(
       f'{rest[1]!r} is no flag; flags start with --, see python main.py --help'
     )
-  return values.config, overrides, values
+  return values.config, page, overrides, values
 
 
-def _config_path(argv: list[str]) -> str:
-  """Returns the file that --config names."""
+def _joined(argv: list[str]) -> list[str]:
+  """Returns the arguments with '--config PATH' as '--config=PATH'."""
+  joined, rest = [], iter(argv)
+  for argument in rest:
+    if argument in ('--config', '-config'):
+      argument = f'--config={next(rest, "")}'
+    joined.append(argument)
+  return joined
+
+
+def _config_path(argv: list[str]) -> tuple[str, str | None]:
+  """Returns the file that --config names, and what stands behind its colon."""
+  from qvit_jax.config import resolve
   from qvit_jax.errors import ConfigError
 
-  path = ''
-  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
-    if argument in ('--config', '-config'):
-      path = following
-    elif re.match('--?config=', argument):
-      path = argument.partition('=')[2]
-  path = path.partition(':')[0]  # a config file may take an argument
+  given = ''
+  for argument in _joined(argv):
+    if re.match('--?config=', argument):
+      given = argument.partition('=')[2]
+  path, colon, argument = given.partition(':')
+  path = resolve.expand(path)
   if not pathlib.Path(path).is_file():
     given = f'--config={path} is no file' if path else 'no config was given'
     here = ', '.join(
@@ -97,11 +95,11 @@ def _config_path(argv: list[str]) -> str:
       for file in sorted(pathlib.Path('configs').glob('*_*.py'))
     )
     raise ConfigError(f'{given}; set --config= to one of {here} or to your own')
-  return path
+  return path, argument if colon else None
 
 
-def _load(path: str):
-  """Returns get_config() of a config file."""
+def _load(path: str, argument: str | None):
+  """Returns get_config() of a config file, or get_config(argument)."""
   from qvit_jax.errors import ConfigError
 
   spec = importlib.util.spec_from_file_location('qvit_config', path)
@@ -110,7 +108,16 @@ def _load(path: str):
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.get_config()
+    takes = bool(inspect.signature(module.get_config).parameters)
+    if argument is not None and not takes:
+      raise ConfigError(
+        f'--config={path}:{argument}: get_config() of this page takes no '
+        f'argument; leave :{argument} out'
+      )
+    given = () if argument is None else (argument,)
+    config = module.get_config(*given)
+  except ConfigError:
+    raise
   except (Exception, SystemExit) as error:  # noqa: BLE001 - user code
     raise ConfigError(
       f'--config={path} cannot be read: {type(error).__name__}: '
@@ -124,24 +131,52 @@ def _load(path: str):
   return config
 
 
+def _help(argv: list[str]) -> str:
+  """Returns what --help prints, by itself or with a section or a field."""
+  from qvit_jax.modes import MODES
+
+  topics = [a for a in argv[1:] if not a.startswith('-')]
+  if topics:
+    from qvit_jax.config import listing, resolve
+
+    ignored = {
+      field: [name for name, m in MODES.items() if m.ignores_field(field)]
+      for field in resolve.FIELDS
+    }
+    return '\n'.join(listing.describe(topic, ignored) for topic in topics)
+  lines = [
+    line
+    for mode in MODES.values()
+    for line in textwrap.wrap(
+      f'{mode.name:13}{mode.help}',
+      80,
+      initial_indent='  ',
+      subsequent_indent=' ' * 15,
+    )
+  ]
+  return __doc__.strip().replace('MODES', '\n'.join(lines))
+
+
 def main(argv: list[str]) -> int:
   """Runs the command line; returns the exit code."""
-  if {'--help', '-h', '-help', '--helpfull'} & set(argv):
-    print(__doc__.strip())
-    return 0
-  from absl import logging
-
   from qvit_jax.errors import Preempted, QvitError
-  from qvit_jax.store import files
 
   command = shlex.join(['python', *argv])
   try:
-    config, overrides, values = _parse(argv)
+    if {'--help', '-h', '-help', '--helpfull'} & set(argv):
+      print(_help(argv))
+      return 0
+    from absl import logging
+
+    from qvit_jax.store import files
+
+    config, page, overrides, values = _parse(argv)
     logging.set_verbosity(logging.ERROR)  # TFDS and orbax narrate through it
-    # Late, so that --help and a mistyped field answer without loading JAX.
     from qvit_jax import modes
 
-    modes.run(values.mode, config, values.workdir, overrides=overrides)
+    modes.run(
+      values.mode, config, values.workdir, overrides=overrides, page=page
+    )
     return 0
   except BrokenPipeError:  # the reader of our output left, as `| head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -155,10 +190,7 @@ def main(argv: list[str]) -> int:
   except QvitError as error:
     if '--debug' in argv:
       raise
-    # Threads of orbax that fail later would bury the one line.
-    logging.set_verbosity(logging.FATAL)
-    logging.get_absl_logger().setLevel('CRITICAL')
-    py_logging.getLogger('asyncio').setLevel('CRITICAL')
+    _silence()
     print(f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
     return 2
   except OSError as error:
@@ -168,6 +200,15 @@ def main(argv: list[str]) -> int:
     text = files.cannot_write(error.filename or 'the workdir', error)
     print(f'ConfigError: {text}', file=sys.stderr, flush=True)
     return 2
+
+
+def _silence() -> None:
+  """Keeps threads of orbax that fail later from burying the one line."""
+  from absl import logging
+
+  logging.set_verbosity(logging.FATAL)
+  logging.get_absl_logger().setLevel('CRITICAL')
+  py_logging.getLogger('asyncio').setLevel('CRITICAL')
 
 
 def _interrupt(number, frame):

@@ -20,7 +20,7 @@ def get_config():
   config.data.update(
     source='digits', mean=(0.3,) * 3, std=(0.38,) * 3, mixup=0.2
   )
-  # quant_lr moves learned steps; recipe aqt has none.
+  config.quant.recipe = 'lsq'  # of the trainings; rows start from float
   config.optim.update(lr=5e-5, quant_lr=1e-3, weight_decay=0.05, clip_norm=1.0)
   config.train.update(
     steps=400, batch_size=64, label_smoothing=0.1, ema_decay=0.99

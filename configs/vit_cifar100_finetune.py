@@ -7,18 +7,21 @@ or from any ViT-S/14 that --config.weights.path= names: a file, a folder or a
 workdir. Evaluate a file as it is:
   add --mode=eval --config.weights.path=FILE
 With 4-bit weights and activations: add --config.quant.recipe=aqt
+Another size: --config=configs/vit_cifar100_finetune.py:B/16 (from scratch, or
+with --config.weights.path=)
 """
 
 from configs import common
 
 
-def get_config():
-  """Returns the config."""
+def get_config(size='S/14'):
+  """Returns the config of a size such as 'B/16'."""
   config = common.get_config()
-  config.model.update(
-    size='S/14', image_size=98, num_classes=100, layer_scale=1e-5
-  )
-  config.weights.path = 'hf://timm/vit_small_patch14_dinov2.lvd142m'
+  patch = int(size.partition('/')[2])
+  config.model.update(size=size, image_size=7 * patch, num_classes=100)
+  if size == 'S/14':
+    config.model.layer_scale = 1e-5
+    config.weights.path = 'hf://timm/vit_small_patch14_dinov2.lvd142m'
   config.data.update(source='tfds', name='cifar100', pad=4, flip=True)
   config.optim.update(
       lr=3e-5, warmup_epochs=0.5, warmup_from=0.0, weight_decay=0.05,

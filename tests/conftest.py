@@ -50,6 +50,15 @@ def make_digits_config():
   return config
 
 
+def notes_of(config, *, mode='train', overrides=(), page=None):
+  """What a mode says of a config; raises as the command line would."""
+  from qvit_jax.config import resolve
+  from qvit_jax.modes import MODES, runner
+
+  context = runner.context_of(MODES[mode], config)
+  return resolve.resolve(config, context, overrides=overrides, page=page)[1]
+
+
 @pytest.fixture
 def digits_config():
   """See `make_digits_config`."""

@@ -61,7 +61,7 @@ def test_help_lists_modes_and_loads_no_jax():
     ((DIGITS, '--config.model.qk_norm=maybe'), ('model.qk_norm=maybe',)),
     ((DIGITS, '--foo=1'), ('foo', '--help')),
     ((DIGITS, 'extra'), ("'extra' is no flag",)),
-    ((DIGITS, '--mode=fly'), ('train|eval|sites|benchmark',)),
+    ((DIGITS, '--mode=fly'), ('train|eval|ptq|sensitivity',)),
     ((DIGITS, '--config.quant.default=w1a4'), ('1 bits', '2 to 8')),
     ((DIGITS, '--config.quant.default=w4a9'), ('9 bits', '2 to 8')),
     ((DIGITS, '--config.quant.recipe=none', '--config.quant.default=w8a8'),

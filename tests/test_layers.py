@@ -147,7 +147,9 @@ def test_configs_import_only_their_common_base():
   for path in (ROOT / 'configs').glob('*.py'):
     found = {module for module, _ in imports(path.read_text())}
     allowed = (
-      {'ml_collections'} if path.stem == 'common' else {'configs.common'}
+      {'qvit_jax.config.resolve'}
+      if path.stem == 'common'
+      else {'configs.common'}
     )
     assert found == allowed, path
 

@@ -1,22 +1,72 @@
-"""Checks a config by the tables of `fields`, before anything is built.
+"""From a page and flags to the one config of a run, which nobody changes.
 
 Checks that need a model, a mesh or data sit where those are built.
 """
 
-import copy
+import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
-from qvit_jax.config.fields import LEGAL, NEEDS, UNUSED, UNUSED_TRAINING
+from qvit_jax.config import checks
+from qvit_jax.config.fields import Field
+from qvit_jax.config.sections import (
+  data,
+  model,
+  ptq,
+  quant,
+  running,
+  training,
+)
 from qvit_jax.errors import ConfigError
+
+FIELDS: dict[str, Field] = {
+  field.name: field
+  for section in (model, quant, data, training, running, ptq)
+  for field in section.FIELDS
+}
+# Fields that became part of others, and what else their value needs.
+RENAMED = {
+  'quant.steps': 'quant.act_granularity',
+  'ptq.qat_recipe': 'quant.recipe',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a config is resolved for; tables of higher layers are handed in.
+
+  Attributes:
+    mode: A `modes.Mode`.
+    methods: Those that `quant.recipe` may name: `quantization.METHODS`.
+    choices: {field: names that it may be}.
+  """
+
+  mode: Any
+  methods: Mapping[str, Any]
+  choices: Mapping[str, Iterable[str]]
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Returns a config with every field at its default."""
+  config = ml_collections.ConfigDict()
+  for field in FIELDS.values():
+    section, _, name = field.name.partition('.')
+    if not name:
+      config[section] = field.default
+      continue
+    if section not in config:
+      config[section] = ml_collections.ConfigDict()
+    config[section][name] = field.default
+  return config
 
 
 def flatten(config) -> dict[str, Any]:
-  """Returns {'section.field': value}, in the file's order."""
+  """Returns {'section.field': value}."""
   flat = {}
   for section, fields in config.items():
     if hasattr(fields, 'items'):
@@ -26,9 +76,24 @@ def flatten(config) -> dict[str, Any]:
   return flat
 
 
-def nearest(name: str, config) -> str:
-  """Returns the field of the config whose name is most like `name`."""
-  return difflib.get_close_matches(name, flatten(config), n=1, cutoff=0.0)[0]
+def check_name(name: str, config: Any = None) -> None:
+  """Raises ConfigError for a field that is not, naming the one that is meant.
+
+  Args:
+    name: 'section.field'.
+    config: Whose fields are known; by default the table's.
+  """
+  known = FIELDS if config is None else flatten(config)
+  if name in RENAMED and name not in known:
+    raise ConfigError(
+      f'{name} is now {RENAMED[name]}; set --config.{RENAMED[name]}= instead'
+    )
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+      f'--config.{name} is unknown; the nearest field is --config.{near} (all '
+      'are in configs/common.py)'
+    )
 
 
 def to_json(config) -> dict[str, Any]:
@@ -36,7 +101,32 @@ def to_json(config) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def with_fields(config, fields: Mapping[str, Any]):
+def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config of a file in today's names.
+
+  Args:
+    stored: {section: {field: value}} as some version of ours wrote it.
+  """
+  config = {
+    name: dict(value) if isinstance(value, Mapping) else value
+    for name, value in stored.items()
+  }
+  section = config.get('quant', {})
+  if 'steps' in section:
+    # Each recipe read one of the two fields, with a default of its own.
+    learned = section.pop('steps')
+    usual = 'per_token'
+    if section['recipe'] not in ('none', 'aqt', 'ptq'):
+      section['act_granularity'], usual = learned, 'per_tensor'
+    if section['act_granularity'] == usual:
+      section['act_granularity'] = ''
+  config.get('ptq', {}).pop('qat_recipe', None)
+  return config
+
+
+def with_fields(
+  config, fields: Mapping[str, Any]
+) -> ml_collections.FrozenConfigDict:
   """Returns a copy of a config with other values; the config stays as it is.
 
   Args:
@@ -53,62 +143,65 @@ def with_fields(config, fields: Mapping[str, Any]):
   return ml_collections.FrozenConfigDict(own)
 
 
-def validate(config, *, mode: str, overrides: Iterable[str]) -> list[str]:
-  """Checks every field by itself and the overrides for an effect.
+def expand(path: Any) -> Any:
+  """Returns a path (or some) with ~ as the home folder; addresses stay."""
+  if isinstance(path, (tuple, list)):
+    return tuple(expand(one) for one in path)
+  return os.path.expanduser(path) if isinstance(path, str) else path
+
+
+def resolve(
+  config: Any,
+  context: Context,
+  *,
+  overrides: Iterable[str] = (),
+  page: Any = None,
+) -> tuple[ml_collections.FrozenConfigDict, list[str]]:
+  """Returns the frozen config of a run, and lines about what it ignores.
 
   Args:
-    config: The whole config.
-    mode: What it will be used for.
-    overrides: Fields that the command line sets.
-
-  Returns:
-    One line for each override that this mode does not read.
+    config: The page with the overrides in it.
+    context: What it is for.
+    overrides: Fields that the command line set.
+    page: The config before the overrides; by default none changed a value.
 
   Raises:
-    ConfigError: A value is illegal, or an override has no effect in any mode.
+    ConfigError: A field is missing, unknown or illegal, fields do not go
+      together, or one that somebody set would have no effect.
   """
-  flat = flatten(config)
-  _check_fields(flat)
-  _check_whole(config, mode)
-  _check_lora(config, mode)
-  if mode in ('train', 'benchmark'):
-    _check_teacher(config)
-  overrides, unused, read = list(overrides), UNUSED[mode], config
-  if mode == 'ptq' and config.ptq.qat_specs:
-    unused, read = UNUSED_TRAINING, copy.deepcopy(config)
-    read.quant.recipe = config.ptq.qat_recipe
-  for fields, counts, hint in NEEDS:
-    for name in fields:
-      if name in overrides and not counts(read):
-        raise ConfigError(
-          f'{name}={flat[name]!r} would have no effect: {hint}, or leave '
-          f'{name} out'
-        )
-  return [
-    f'--config.{name} has no effect in --mode={mode}'
-    for name in overrides
-    if (name in unused or name.split('.')[0] in unused)
-    # The one field of its section that a start from calibration reads.
-    and (mode, name, bool(config.quant.calibration_path))
-    != ('train', 'ptq.range', True)
-  ]
+  overrides = list(overrides)
+  _check_fields(flatten(config), context)
+  paths = {
+    name: expand(value)
+    for name, value in flatten(config).items()
+    if FIELDS[name].is_path
+  }
+  if 'weights.path' in overrides and 'weights.required' not in overrides:
+    paths['weights.required'] = True  # who names weights wants these
+  resolved = with_fields(config, paths)
+  checks.check(resolved, context)
+  notes = _inert(resolved, context, overrides, config if page is None else page)
+  return resolved, notes
 
 
-def _check_fields(flat: dict[str, Any]) -> None:
+def _check_fields(flat: dict[str, Any], context: Context) -> None:
   """Raises ConfigError where a field is missing, unknown or illegal."""
-  for name in LEGAL:
+  for name in FIELDS:
     if name not in flat:
       raise ConfigError(
         f'the config has no field {name}; build it with '
         'configs.common.get_config()'
       )
   for name, value in flat.items():
-    if name not in LEGAL:
+    if name not in FIELDS:
       raise ConfigError(
         f'the config has an unknown field {name}; the nearest is '
-        f'{difflib.get_close_matches(name, LEGAL, n=1, cutoff=0.0)[0]}'
+        f'{difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]}'
       )
-    holds, legal = LEGAL[name]
+    holds, legal = FIELDS[name].check
+    if FIELDS[name].choices:
+      names = list(context.choices[name])
+      holds, legal = names.__contains__, ' | '.join(map(repr, names))
     if not _holds(holds, value):
       raise ConfigError(
         f'{name}={value!r} is not allowed; allowed: {legal}. Set '
@@ -116,120 +209,57 @@ def _check_fields(flat: dict[str, Any]) -> None:
       )
 
 
-def _check_whole(config, mode: str) -> None:
-  """Raises ConfigError where fields do not go together."""
-  if not config.train.steps and config.train.epochs <= 0:
-    raise ConfigError(
-      'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
-      'positive number'
-    )
-  if config.quant.recipe == 'ptq' and mode not in ('eval', 'predict'):
-    recipes = 'none'
-    if mode not in ('ptq', 'sensitivity'):
-      recipes = 'none, aqt, lsq, statsq or qvit'
-    raise ConfigError(
-      "quant.recipe='ptq' stands for a packed model, which only --mode=eval "
-      f'and --mode=predict read; for --mode={mode} set '
-      f'--config.quant.recipe={recipes}'
-    )
-  if config.quant.calibration_path and config.quant.steps == 'per_head':
-    raise ConfigError(
-      f'quant.calibration_path={config.quant.calibration_path!r} holds no '
-      "statistics of each head, which quant.steps='per_head' wants; set "
-      '--config.quant.steps=per_tensor or per_position, or leave the path out'
-    )
-
-
-def _check_lora(config, mode: str) -> None:
-  """Raises ConfigError where adapters do not go with the rest of the config."""
-  lora, train, recipe = config.lora, config.train, config.quant.recipe
-  if not lora.rank:
-    if lora.targets:
-      raise ConfigError(
-        f'lora.rank={lora.rank} adapts nothing, but lora.targets is '
-        f'{tuple(lora.targets)}; set --config.lora.rank= to 1 or more, or '
-        '--config.lora.targets="()"'
-      )
-    if mode == 'merge_lora':
-      raise ConfigError(
-        '--mode=merge_lora folds adapters into kernels, but lora.rank is 0; '
-        'set lora.* as in their training'
-      )
-    return
-  if mode in ('ptq', 'sensitivity', 'export'):
-    raise ConfigError(
-      f'--mode={mode} needs a whole model, but lora.rank={lora.rank}: its runs '
-      'keep adapters alone; fold them in with --mode=merge_lora and give the '
-      'result with --config.lora.rank=0 --config.lora.targets="()"'
-    )
-  stages = str(train.stages)
-  for wrong, text in (
-    (not lora.targets,
-     f'lora.rank={lora.rank}, but lora.targets names no layer; set '
-     '--config.lora.targets="(\'all\',)" or --config.lora.rank=0'),
-    (recipe == 'ptq',
-     f"quant.recipe='ptq' reads a packed model, which lora.rank={lora.rank} "
-     'would not adapt; set --config.lora.rank=0 --config.lora.targets="()"'),
-    (config.quant.calibration_path and lora.init == 'pissa',
-     f'quant.calibration_path={config.quant.calibration_path!r} is of whole '
-     "kernels, out of which lora.init='pissa' takes a part; set "
-     '--config.lora.init=zero or leave the path out'),
-    (train.trainable != ('auto',) and 'lora' not in train.trainable,
-     f'train.trainable={tuple(train.trainable)} leaves the adapters of '
-     f'lora.rank={lora.rank} untrained; add \'lora\' or leave it out'),
-    (lora.base != 'float' and recipe != 'none',
-     f'lora.base={lora.base!r} packs the kernels that quant.recipe={recipe!r} '
-     'would round in training; set --config.lora.base=float or '
-     '--config.quant.recipe=none'),
-    (lora.base != 'float' and config.mesh.tensor > 1,
-     f'mesh.tensor={config.mesh.tensor} splits float kernels, not those of '
-     f'lora.base={lora.base!r}; set --config.mesh.tensor=1'),
-    (lora.base == 'float' and lora.init == 'loftq',
-     "lora.init='loftq' makes up for packing, but lora.base is 'float'; set "
-     '--config.lora.base=int4 or --config.lora.init=pissa'),
-    (lora.dropout and recipe != 'none',
-     f'lora.dropout={lora.dropout:g} would have no effect: quant.recipe='
-     f'{recipe!r} rounds kernels with the adapters in them, which have no '
-     'inputs of their own; set it to 0'),
-    ('freeze' in stages or config.quant.dampen,
-     f'stage \'freeze\' and quant.dampen hold kernels, which lora.rank='
-     f'{lora.rank} freezes anyway; leave them out'),
-    (train.stages and lora.base != 'float',
-     f'train.stages={tuple(train.stages)} choose what is rounded, but '
-     f'lora.base={lora.base!r} is packed for good; leave the stages out'),
-  ):  # fmt: skip
-    if wrong:
-      raise ConfigError(text)
-
-
-def _check_teacher(config) -> None:
-  """Raises ConfigError for a loss without teacher, or one without a loss."""
-  train = config.train
-  others = {
-    'train.feature_weight': train.feature_weight,
-    'quant.dgd': config.quant.dgd,
-  }
-  if not train.teacher:
-    for name, value in others.items():
-      if value:
-        raise ConfigError(
-          f'{name}={value:g} compares the model with a teacher, but '
-          'train.teacher is empty; set --config.train.teacher=WORKDIR or '
-          f'--config.{name}=0'
-        )
-  elif not any(others.values()) and (
-    train.distill == 'none' or not train.distill_weight
-  ):
-    raise ConfigError(
-      f'train.teacher={train.teacher!r} would have no effect: train.distill is '
-      f'{train.distill!r} with weight {train.distill_weight:g}, and '
-      'train.feature_weight and quant.dgd are 0; set one of them or leave the '
-      'teacher out'
-    )
-
-
-def _holds(check: Callable[[Any], bool], value: Any) -> bool:
+def _holds(check, value: Any) -> bool:
   try:
-    return check(value)
+    return bool(check(value))
   except TypeError:
     return False
+
+
+def _inert(
+  config: Any, context: Context, overrides: list[str], page: Any
+) -> list[str]:
+  """Returns a line for each field that was set and does not count here.
+
+  A flag without effect in any mode is an error, as is a field of the page that
+  has none under the page's own values; what flags switch off is mentioned.
+  """
+  here, there, notes = flatten(config), flatten(page), []
+  for name, field in FIELDS.items():
+    if context.mode.ignores_field(name):
+      if name in overrides:
+        notes.append(
+          f'--config.{name} has no effect in --mode={context.mode.name}'
+        )
+      continue
+    is_set = name in overrides or here[name] != field.default
+    why = _why_inert(field, config, context) if is_set else ''
+    if not why:
+      continue
+    on_page = name not in overrides
+    if on_page and not _why_inert(field, page, context):
+      notes.append(
+        f'{name}={there[name]!r} of the page has no effect with these flags'
+      )
+      continue
+    raise ConfigError(
+      f'{name}={here[name]!r} would have no effect: {why}, or leave {name} out'
+    )
+  return notes
+
+
+def _why_inert(field: Field, config: Any, context: Context) -> str:
+  """Returns why a field does not count and what to do; '' where it does."""
+  if field.name in context.mode.counts:
+    return ''
+  methods, recipe = context.methods, config.quant.recipe
+  if field.of_method and field.name not in methods[recipe].reads:
+    others = [n for n, method in methods.items() if field.name in method.reads]
+    return (
+      f'quant.recipe={recipe!r} does not read it; set --config.quant.recipe='
+      f'{" or ".join(others)}'
+    )
+  for need in field.needs:
+    if not need.holds(config):
+      return need.hint
+  return ''

@@ -29,6 +29,7 @@ class Data:
     eval_digest: Returns the digest of what is evaluated; see `evaluated`.
     digest: Of the files' names and labels; '' where there are no files.
     bad_files: What could not be decoded so far.
+    only_images: Whether nothing but the images of `eval` is known.
   """
 
   train: batches.ResidentSplit | batches.StreamedSplit | None
@@ -41,6 +42,7 @@ class Data:
   eval_digest: Callable[[], str] = lambda: ''
   digest: str = ''
   bad_files: BadFiles = dataclasses.field(default_factory=lambda: BadFiles(0))
+  only_images: bool = False
 
   @functools.cached_property
   def evaluated(self) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def open_images(config, class_names: Sequence[str]) -> Data:
       None, split, tuple(class_names),
       f'{len(files):,} images of {printable(path)}', notes=notes,
       name=printable(path),
-      bad_files=bad_files,
+      bad_files=bad_files, only_images=True,
   )  # fmt: skip
 
 

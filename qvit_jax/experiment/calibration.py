@@ -236,10 +236,10 @@ def learned_start(
 
   Raises:
     QuantError: There is no such file, or it is of another model or of scales
-      that quant.steps cannot start from.
+      that quant.act_granularity cannot start from.
   """
   config, model = experiment.config, experiment.model
-  folder, steps = config.quant.calibration_path, config.quant.steps
+  folder, steps = config.quant.calibration_path, model.plan.act_granularity
   path = pathlib.Path(folder).expanduser() / 'plain.safetensors'
   facts = _read_facts(path) if path.is_file() else None
   if facts is None:

@@ -10,6 +10,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
+from qvit_jax.quantization import METHODS
 from qvit_jax.store import runs
 
 # What adapters are must be known to whoever adds them to a kernel.
@@ -45,7 +46,7 @@ def check_float_run(field: str, path: str) -> None:
   if runs.kind_of(path) != 'run':
     return
   recipe = runs.open_run(path, field=field).config['quant']['recipe']
-  if recipe != 'none':
+  if METHODS[recipe].quantizes:
     raise ConfigError(
       f'{field}={path!r} is already quantized (recipe {recipe}); give a float '
       'run, or pack this one with --mode=export --config.export.format=packed'
@@ -90,12 +91,9 @@ def check_same(model: Model, run: runs.Run, *, same_plan: bool) -> None:
     pairs = zip(run.plan, plan, strict=True)
     lines = [f'"{a}" there, "{b}" here' for a, b in pairs if a != b]
     there, here = run.config['quant'], model.config.quant
-    fields = ['recipe']
-    if here.recipe in ('lsq', 'statsq'):  # it has no variables to differ by
-      fields.append('hadamard')
     lines[:0] = [
       f'quant.{name} is {there[name]!r} there, {here[name]!r} here'
-      for name in fields
+      for name in model.method.same
       if name in there and there[name] != here[name]
     ]
   if lines:

@@ -1,7 +1,8 @@
 """Builds everything that one config describes; the only assembler."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,30 @@ from qvit_jax.training.step import TICK, learned_paths, make_train_step
 _FITTED = 32
 
 
+def _length(config: Any, size: int) -> tuple[int, int, int]:
+  """Returns (updates, updates an epoch, updates of warm-up) of a training."""
+  train, batch = config.train, config.train.batch_size
+  epoch = max(1, size // batch)
+  total = train.steps or -(-round(train.epochs * size) // batch)
+  return total, epoch, optimizer.warmup_steps(config, total, epoch)
+
+
+def schedule_line(config: Any, size: int) -> str:
+  """Returns one line: how long a training is, with which learning rate.
+
+  Args:
+    config: Of the training.
+    size: Images of the training split.
+  """
+  optim, batch = config.optim, config.train.batch_size
+  total, _, warmup = _length(config, size)
+  return (
+    f'{total} steps of {batch} images ({total * batch / size:.2f} epochs), '
+    f'{optim.name}, lr {optim.lr:g} {optim.schedule} after {warmup} warm-up '
+    'steps'
+  )
+
+
 class Experiment:
   """A model on its mesh with its data, optimizer and compiled functions."""
 
@@ -36,6 +61,7 @@ class Experiment:
     config,
     *,
     training: bool,
+    calibrating: bool = False,
     data: Data | None = None,
     packed: Packed | None = None,
   ):
@@ -44,6 +70,7 @@ class Experiment:
     Args:
       config: A validated config.
       training: False builds only what evaluation needs.
+      calibrating: Whether training images are looked at without training.
       data: An opened data set to share; by default it is opened here.
       packed: The model of an artifact; see `Model`.
 
@@ -56,9 +83,10 @@ class Experiment:
     if data is None:
       find_data(config)
     self.model = Model(config, packed)
+    # With what 'auto' stands for; a frozen config, as the one it is made of.
     self.config = config = self.model.config
     self.mesh = sharding.make_mesh(config)
-    self.data = data or open_data(config, training=training)
+    self.data = data or open_data(config, training=training or calibrating)
     # Else they would count other steps and wait for each other for ever.
     if not sharding.is_same_everywhere(self.data.digest):
       raise DataError(
@@ -68,13 +96,20 @@ class Experiment:
     if training:
       self._plan_training()
 
+  def pin(self, fields: Mapping[str, Any]) -> None:
+    """Replaces the config by one that says where arrays came from.
+
+    Args:
+      fields: {'section.field': value}, such as an address with its commit.
+    """
+    self.config = self.model.config = config_lib.with_fields(
+      self.config, fields
+    )
+
   def _plan_training(self) -> None:
     config, train = self.config, self.config.train
-    size, batch = self.data.train.size, train.batch_size
-    self.steps_per_epoch = max(1, size // batch)
-    self.total_steps = train.steps or -(-round(train.epochs * size) // batch)
-    self.warmup = optimizer.warmup_steps(
-      config, self.total_steps, self.steps_per_epoch
+    self.total_steps, self.steps_per_epoch, self.warmup = _length(
+      config, self.data.train.size
     )
     self.schedule = optimizer.make_schedule(
       config, self.total_steps, self.warmup
@@ -106,23 +141,13 @@ class Experiment:
     """A copy on every device."""
     return NamedSharding(self.mesh, jax.sharding.PartitionSpec())
 
-  def schedule_line(self) -> str:
-    """One line: how long and with which learning rate."""
-    optim, total = self.config.optim, self.total_steps
-    epochs = total * self.config.train.batch_size / self.data.train.size
-    return (
-      f'{total} steps of {self.config.train.batch_size} images '
-      f'({epochs:.2f} epochs), {optim.name}, lr '
-      f'{optim.lr:g} {optim.schedule} after {self.warmup} warm-up steps'
-    )
-
   @functools.cached_property
   def stages(self) -> tuple[stages_lib.Stage, ...]:
     """The stages of the training; a bad list raises ConfigError."""
     stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
     stages_lib.check(stages, self._trained, self.model.plan.specs)
     freezes = [s for s in stages if stages_lib.KINDS[s.name].freezes]
-    if freezes and self.model.kernels != 'statsq':
+    if freezes and not self.model.method.freezes:
       raise ConfigError(
         f"train.stages[{freezes[0].place[0] - 1}]='freeze' holds kernels of "
         f'recipe statsq, but quant.recipe is {self.config.quant.recipe!r}; set '
@@ -182,11 +207,21 @@ class Experiment:
 
     The first images of the seeded training order; zeros where nothing is
     learned of them.
+
+    Raises:
+      ConfigError: There is no training split.
     """
     size, data = self.config.model.image_size, self.config.data
-    if not self.model.fitted or not hasattr(self, 'tx'):
+    if not self.model.fitted:
       return jnp.zeros((1, size, size, 3), jnp.float32)
     split = self.data.train
+    if split is None:
+      recipe = self.config.quant.recipe
+      raise ConfigError(
+        f'quant.recipe={recipe!r} fits its steps to training images, which '
+        'this mode does not read; train first (--mode=train) and give the run '
+        'by --config.checkpoint.path=, or set --config.quant.recipe=none'
+      )
     batch = min(_FITTED, split.size)
     host = next(
       split.train_batches(
@@ -198,14 +233,23 @@ class Experiment:
     return preprocess.prepare_eval(images, data=data, size=size)
 
   def fresh_variables(
-    self, key: jax.Array, imported: dict[str, Any]
+    self, key: jax.Array, imported: dict[str, Any], *, fitted: bool = True
   ) -> dict[str, Any]:
     """Returns random variables, some replaced by path.
 
     Where adapters are trained, the parameters that they leave alone are then
     packed, or lose what the adapters start with.
+
+    Args:
+      key: Of what is random.
+      imported: {path: parameter}.
+      fitted: False leaves learned steps at values that mean nothing, for
+        callers that have others.
     """
-    frozen, images = self.model.frozen, self._first_images()
+    size = self.config.model.image_size
+    frozen, images = self.model.frozen, jnp.zeros((1, size, size, 3))
+    if fitted:
+      images = self._first_images()
     shardings, _ = self._shardings(self.model.shapes)
     if not frozen:
       make = jax.jit(self._fresh, out_shardings=shardings)
@@ -227,6 +271,17 @@ class Experiment:
     make = lambda *given: self._make_state(self._fresh(*given))
     return jax.jit(make, out_shardings=self.state_shardings)(
       key, imported or {}, self._first_images()
+    )
+
+  def open_training_split(self) -> str:
+    """Opens the training split where only the other is; returns a line."""
+    if self.data.train is None:
+      train = open_data(self.config, training=True).train
+      self.data = dataclasses.replace(self.data, train=train)
+    count = min(_FITTED, self.data.train.size)
+    return (
+      f'learned steps are fitted to the first {count} images of '
+      f'{self.config.data.train_split}'
     )
 
   def missing_parameters(self, imported: dict[str, Any]) -> set[str]:
@@ -290,8 +345,7 @@ class Experiment:
   @property
   def _dampens(self) -> bool:
     """Whether kernels with learned steps are drawn to their levels."""
-    is_on = self.config.quant.dampen > 0
-    return is_on and self.model.kernels == 'step'
+    return self.config.quant.dampen > 0 and self.model.method.dampens
 
   @property
   def tick(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.experiment import calibration, checks, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
-from qvit_jax.quantization.methods.learned_core import LearnedCore
 from qvit_jax.quantization.methods.packing import unpack
 from qvit_jax.store import adapters, checkpoint, runs
 from qvit_jax.training.loop import Progress
@@ -67,7 +66,7 @@ def _fresh_state(
 ) -> tuple[TrainState, list[str]]:
   """Returns a state with some parameters given, and lines about its steps."""
   config, key = experiment.config, jax.random.key(experiment.config.seed)
-  is_learned = isinstance(experiment.model.ops.core, LearnedCore)
+  is_learned = experiment.model.method.learns_steps
   if not (config.quant.calibration_path and is_learned):
     return experiment.fresh_state(key, imported), []
   variables = experiment.fresh_variables(key, imported)
@@ -137,7 +136,7 @@ def _is_same_recipe(model: Model, run: runs.Run) -> bool:
   there = run.config['quant']
   return run.plan == model.plan.digest_lines() and all(
     there.get(name, model.config.quant[name]) == model.config.quant[name]
-    for name in ('recipe', 'irm', 'zero_point', 'hadamard')
+    for name in model.method.same
   )
 
 
@@ -155,7 +154,7 @@ def _resume(
     if there.get(name, '').startswith(f'{_field(experiment, name)}@')
   }
   if pinned:  # to the commit it started from
-    experiment.config = config_lib.with_fields(experiment.config, pinned)
+    experiment.pin(pinned)
   changed = _changes(experiment, run.place, there)
   if experiment.model.frozen and {'lora.name', 'lora.path'} & {*changed}:
     adapters.check_free(experiment.config, own.directory.parent)

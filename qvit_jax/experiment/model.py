@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax import models, tree
-from qvit_jax.config import resolve as config_lib
+from qvit_jax.config.resolve import with_fields
 from qvit_jax.errors import ConfigError
 from qvit_jax.lora import frozen as frozen_lib
 from qvit_jax.ops import FloatCore, Ops
-from qvit_jax.quantization import RECIPES, QuantPlan, build_ops, build_plan
+from qvit_jax.quantization import METHODS, QuantPlan, build_ops, build_plan
+from qvit_jax.quantization.methods import Method
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.training.state import split_collections
 
@@ -30,6 +31,8 @@ class Model:
     Raises:
       QvitError: The config describes no possible model.
     """
+    if packed:  # it computes in the dtype that it was packed with
+      config = with_fields(config, {'model.dtype': packed.dtype})
     self.config, self.packed = config, packed
     sites = models.list_sites(config)
     self.frozen = None if packed else frozen_lib.build(config, sites)
@@ -47,7 +50,7 @@ class Model:
     # As initialised; `shapes` are those after kernels were packed.
     self.float_shapes = jax.eval_shape(self.init, jax.random.key(0), images)
     if config.train.trainable == ('auto',) and not packed:
-      self.config = config_lib.with_fields(
+      self.config = with_fields(
         config, {'train.trainable': self._trainable()}
       )
     self.shapes = self.float_shapes
@@ -70,7 +73,7 @@ class Model:
 
   def _trainable(self) -> tuple[str, ...]:
     """Returns what is trained where the config leaves it to the method."""
-    collections = RECIPES[self.config.quant.recipe].collections
+    collections = self.method.collections
     # StatsQ kernels with ranges of each token have nothing to learn there.
     collections = tuple(c for c in collections if c in self.float_shapes)
     if not self.frozen:
@@ -119,9 +122,9 @@ class Model:
     )
 
   @property
-  def kernels(self) -> str:
-    """How kernels are rounded under learned steps: 'step', 'statsq' or ''."""
-    return getattr(self.ops.core, 'kernels', '')
+  def method(self) -> Method:
+    """The record of `quant.recipe`."""
+    return METHODS[self.config.quant.recipe]
 
   @property
   def bits(self) -> str:
@@ -135,16 +138,9 @@ class Model:
       key = f'{kind} {spec}'
       counts[key] = counts.get(key, 0) + 1
     listed = ', '.join(f'{n} {key}' for key, n in counts.items())
-    more = ''
-    if quant.recipe == 'aqt' and quant.backward_bits:
-      more = f', backward products {quant.backward_bits} bit, stochastic'
-    if self.kernels == 'step' and quant.dampen:
-      more = f', kernels dampened by {quant.dampen:g}'
-    if turned := getattr(self.ops.core, 'turned', ()):
-      count = sum(plan.by_path[path].acts is not None for path in turned)
-      more += f', inputs of {count} layers turned'
     if self.ops.core.is_packed and not self.packed:
       return f'{listed}, frozen and packed'
+    more = self.method.note(quant, self.ops, plan)
     return (
       f'{listed} (recipe {quant.recipe}, activations '
       f'{plan.act_granularity}{more})'

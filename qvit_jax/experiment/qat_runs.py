@@ -15,7 +15,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import calibration, sources
 from qvit_jax.experiment.model import Model
-from qvit_jax.quantization import build_plan
+from qvit_jax.quantization import METHODS, build_plan
 from qvit_jax.quantization.ptq.rows import STEM_ACTS
 from qvit_jax.quantization.spec import QuantSpec, parse_spec
 from qvit_jax.report import rows as report
@@ -53,11 +53,12 @@ class Run:
     return f'{self.spec}_seed{self.config.seed}'
 
 
-def plan(config: Any) -> list[Run]:
+def plan(config: Any, check: Callable[[Any], Any]) -> list[Run]:
   """Returns the runs that `ptq.qat_specs` and `ptq.qat_seeds` ask for.
 
   Args:
     config: As the user gave it: `train.trainable` not resolved.
+    check: Raises ConfigError where a config cannot train.
 
   Raises:
     ConfigError: A spec is unknown, lacks a half or stands there twice, or the
@@ -78,22 +79,30 @@ def plan(config: Any) -> list[Run]:
         'it raise ptq.qat_seeds)'
       )
     specs.append(spec)
+  if specs and not METHODS[config.quant.recipe].quantizes:
+    names = [name for name, method in METHODS.items() if method.quantizes]
+    raise ConfigError(
+      f'ptq.qat_specs={tuple(config.ptq.qat_specs)} asks for training, but '
+      f'quant.recipe={config.quant.recipe!r} trains no bits; set '
+      f'--config.quant.recipe={" or ".join(names)}'
+    )
   runs = []
   for spec in specs:
-    own = _training_config(config, spec)
+    own = _training_config(config, spec, check)
     for i in range(config.ptq.qat_seeds):
-      seed = {'seed': own.seed + i}
-      runs.append(Run(str(spec), config_lib.with_fields(own, seed)))
+      seeded = config_lib.with_fields(own, {'seed': config.seed + i})
+      runs.append(Run(str(spec), seeded))
   return runs
 
 
-def _training_config(config: Any, spec: QuantSpec) -> Any:
-  own = config_lib.with_fields(config, {
-    'quant.recipe': config.ptq.qat_recipe,
-    'quant.default': str(spec),
-    'quant.attention': f'a{spec.acts}',
-  })  # fmt: skip
-  config_lib.validate(own, mode='train', overrides=())
+def _training_config(
+  config: Any, spec: QuantSpec, check: Callable[[Any], Any]
+) -> Any:
+  own = config_lib.with_fields(
+    config,
+    {'quant.default': str(spec), 'quant.attention': f'a{spec.acts}'},
+  )
+  check(own)
   own = Model(own).config  # rules that match nothing; what 'auto' trains
   stem = models.family(own).stem
   if not any(re.search(pattern, stem) for pattern, _ in own.quant.rules):

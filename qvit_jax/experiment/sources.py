@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from qvit_jax import models, tree, weights
-from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError, WeightsError
 from qvit_jax.experiment import checks, foreign
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import adapters, files, runs
 from qvit_jax.training.state import join_collections
@@ -75,10 +75,8 @@ def find_start(config: Any) -> Source:
   return Source('weights', path) if path else Source('scratch')
 
 
-def open_packed(config: Any) -> tuple[Any, Packed | None]:
-  """Returns the config and the packed model that `quant.recipe='ptq'` means.
-
-  The config's compute dtype is then the model's. None for other recipes.
+def open_packed(config: Any) -> Packed | None:
+  """Returns the packed model that `quant.recipe='ptq'` means; else None.
 
   Raises:
     ConfigError: `quant.recipe` and `checkpoint.path` do not go together.
@@ -86,13 +84,13 @@ def open_packed(config: Any) -> tuple[Any, Packed | None]:
   """
   path, recipe = config.checkpoint.path, config.quant.recipe
   is_packed = runs.kind_of(path) == 'packed'
-  if recipe != 'ptq':
+  if not METHODS[recipe].is_packed:
     if is_packed:
       raise ConfigError(
         f'checkpoint.path={path!r} is a packed model, but quant.recipe is '
         f'{recipe!r}; set --config.quant.recipe=ptq'
       )
-    return config, None
+    return None
   make = (
     'give a file WORKDIR/artifacts/ROW.safetensors of --mode=ptq or '
     'WORKDIR/export/model.packed.safetensors of --mode=export '
@@ -112,8 +110,7 @@ def open_packed(config: Any) -> tuple[Any, Packed | None]:
       'evaluate a checkpoint with the quant.recipe of its training'
     )
   sites, facts = models.list_sites(config), models.architecture(config)
-  packed = runs.open_run(path).read_packed(sites, facts)
-  return config_lib.with_fields(config, {'model.dtype': packed.dtype}), packed
+  return runs.open_run(path).read_packed(sites, facts)
 
 
 def class_names(config: Any, workdir: pathlib.Path) -> tuple[list[str], str]:
@@ -195,6 +192,8 @@ def _evaluated_weights(
       f'{config.model.num_classes} classes, so there is nothing to evaluate; '
       'train first (--mode=train), or set --config.model.num_classes to theirs'
     )
+  if experiment.model.fitted and not experiment.data.only_images:
+    lines.append(experiment.open_training_split())
   key = jax.random.key(config.seed)
   return experiment.fresh_variables(key, imported), lines
 
@@ -274,9 +273,8 @@ def _imported_weights(
     WeightsError: The weights are unsafe or do not fit the model.
   """
   local, pinned = weights.resolve(experiment.config.weights.path)
-  experiment.config = config = config_lib.with_fields(
-    experiment.config, {'weights.path': pinned}
-  )
+  experiment.pin({'weights.path': pinned})
+  config = experiment.config
   shapes = experiment.model.float_shapes['params']
   taken, report = weights.read_weights(local, shapes)
   report.notes += checks.compare_facts(report, config)
@@ -323,10 +321,12 @@ def adapted(
   checks.check_classes(experiment, run.class_names, place)
   config = experiment.config
   if not (config.weights.path or config.checkpoint.path):
-    experiment.config = config_lib.with_fields(config, {
-      f'{section}.path': run.config[section]['path']
-      for section in ('weights', 'checkpoint')
-    })  # fmt: skip
+    experiment.pin(
+      {
+        f'{section}.path': run.config[section]['path']
+        for section in ('weights', 'checkpoint')
+      }
+    )
   base, more = base_variables(experiment, workdir)
   checks.check_base(experiment, run)
   variables = join_collections(base, variables)
@@ -343,7 +343,9 @@ def base_variables(
   """
   imported, lines = parameters(experiment, workdir)
   key = jax.random.key(experiment.config.seed)
-  return experiment.fresh_variables(key, imported), lines
+  # Their learned steps are those of the adapters' run.
+  variables = experiment.fresh_variables(key, imported, fitted=False)
+  return variables, lines
 
 
 def _placed(

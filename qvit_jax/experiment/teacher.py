@@ -281,10 +281,8 @@ def _own_experiment(student: Experiment, fields: dict[str, Any]) -> Experiment:
   """Returns an experiment with some fields of its own, on the same data."""
   known = config_lib.flatten(student.config)
   own = {n: _as_tuple(value) for n, value in fields.items() if n in known}
-  own |= {
-    'lora.rank': 0, 'lora.targets': (),  # a teacher is a whole model
-    'model.remat': False,  # nothing is kept for a backward pass
-  }  # fmt: skip
+  # A teacher is a whole model, of which nothing is kept for a backward pass.
+  own |= {'lora.rank': 0, 'lora.targets': (), 'model.remat': False}
   config = config_lib.with_fields(student.config, own)
   return Experiment(config, training=False, data=student.data)
 
@@ -343,9 +341,8 @@ def _of_run(student: Experiment, path: str):
 def _of_weights(student: Experiment, path: str):
   """Returns (experiment, variables, digest, lines) of weights of others."""
   local, pinned = weights.resolve(path)
-  student.config = config = config_lib.with_fields(
-    student.config, {'train.teacher': pinned}
-  )
+  student.pin({'train.teacher': pinned})
+  config = student.config
   fields = {'quant.recipe': 'none'}
   if config.train.teacher_size:
     fields['model.size'] = config.train.teacher_size

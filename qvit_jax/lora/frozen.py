@@ -17,7 +17,7 @@ from qvit_jax.errors import ConfigError
 from qvit_jax.lora import adapter as lora
 from qvit_jax.lora.frozen_core import BITS, FrozenCore, plan_frozen
 from qvit_jax.ops import Ops, Site
-from qvit_jax.quantization import QuantPlan, dequantize, quantize
+from qvit_jax.quantization import METHODS, QuantPlan, dequantize, quantize
 
 _start = jax.jit(
   lora.start, static_argnums=2, static_argnames=('pack', 'unpack')
@@ -173,7 +173,7 @@ def build(config: Any, sites: Sequence[Site]) -> Frozen | None:
     config.lora,
     sites,
     family,
-    merges=config.quant.recipe != 'none',
+    merges=METHODS[config.quant.recipe].quantizes,
     unpack=dequantize if bits else None,
   )
   if adapter is None:

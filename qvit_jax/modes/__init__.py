@@ -1,76 +1,172 @@
-"""What `--mode` may be: one function each; knows nothing of flags."""
+"""What `--mode` may be: one record and one file each.
 
+The table loads no JAX, so that `--help` and a mistyped flag are answered at
+once; the file of a mode is imported when it runs.
+"""
+
+import dataclasses
 import importlib
-import os
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 
-from qvit_jax import models
-from qvit_jax.config import resolve as config_lib
-from qvit_jax.modes.session import say
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """A mode of the command line.
+
+  Attributes:
+    name: What `--mode` says.
+    help: One or two lines.
+    run: 'module:function' in this folder; called with (config, workdir).
+    ignores: Sections and fields of a config that it does not read.
+    ignores_training: The same where it trains at `ptq.qat_specs`.
+    counts: Fields that it reads whatever their conditions say.
+    trains: Whether it takes training steps of the config's own.
+    takes_bits: Whether it runs a model under `quant.recipe`.
+    takes_packed: Whether it reads the file of a packed model.
+    needs_whole: Whether it cannot use adapters.
+    needs_adapters: Whether it is about adapters alone.
+    processes: 'one' or 'many'.
+  """
+
+  name: str
+  help: str
+  run: str
+  ignores: tuple[str, ...] = ()
+  ignores_training: tuple[str, ...] = ()
+  counts: tuple[str, ...] = ()
+  trains: bool = False
+  takes_bits: bool = True
+  takes_packed: bool = False
+  needs_whole: bool = False
+  needs_adapters: bool = False
+  processes: str = 'many'
+
+  def ignores_field(self, name: str) -> bool:
+    """Returns whether a field has no effect in this mode."""
+    if name in self.counts:
+      return False
+    return name in self.ignores or name.partition('.')[0] in self.ignores
+
+
+# Fields of `quant` that count in training alone.
+_TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
+             'quant.dgd', 'quant.backward_bits')  # fmt: skip
+# Fields that count in --mode=predict alone.
+_PREDICT = ('eval.images', 'eval.top_k')
+
+_TABLE = (
+  Mode(
+    'train',
+    '(default) train, or go on where DIR stopped; evaluate; save',
+    'train:train',
+    ignores=('export', 'ptq', *_PREDICT),
+    counts=('ptq.range',),  # a start from quant.calibration_path chooses by it
+    trains=True,
+  ),
+  Mode(
+    'eval',
+    "evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)",
+    'eval:evaluate',
+    ignores=('optim', 'train', 'export', 'ptq', *_TRAINING, *_PREDICT),
+    takes_packed=True,
+  ),
+  Mode(
+    'ptq',
+    'quantize a trained float model, a table of methods and bits',
+    'ptq:ptq',
+    ignores=('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    # The runs of a curve set bits themselves.
+    ignores_training=('export', 'quant.default', 'quant.attention', *_PREDICT),
+    counts=('quant.rules',),
+    takes_bits=False,
+    needs_whole=True,
+    processes='one',
+  ),
+  Mode(
+    'sensitivity',
+    'quantize each product alone; rank them, choose bits for each',
+    'sensitivity:sensitivity',
+    ignores=('optim', 'train', 'export', 'log', 'mesh', 'ptq.rows',
+             'ptq.calibration_examples', 'ptq.calibration_path', 'ptq.range',
+             'ptq.scales', 'ptq.tune_steps', 'ptq.latency_batch',
+             'ptq.rounds', 'ptq.qat_runs', 'ptq.qat_specs', 'ptq.qat_seeds',
+             *_PREDICT),
+    takes_bits=False,
+    needs_whole=True,
+    processes='one',
+  ),
+  Mode(
+    'sites',
+    'print every quantizable product with its bits; needs no workdir',
+    'sites:sites',
+    ignores=('optim', 'train', 'weights', 'data', 'eval', 'checkpoint', 'mesh',
+             'log', 'seed', 'export', 'ptq', *_TRAINING),
+  ),
+  Mode(
+    'merge_lora',
+    'fold the adapters of a run with lora.rank into its kernels',
+    'merge_lora:merge_lora',
+    ignores=('optim', 'train', 'log', 'export', 'quant.dampen', *_PREDICT),
+    needs_adapters=True,
+    processes='one',
+  ),
+  # It times the first updates of stage 'all', from random weights.
+  Mode(
+    'benchmark',
+    'time the model beside its float twin',
+    'benchmark:benchmark',
+    ignores=('weights', 'checkpoint', 'log', 'export', 'ptq',
+             'quant.calibration_path', 'quant.freeze', 'train.stages',
+             'train.patience', *_PREDICT),
+    trains=True,
+  ),
+  Mode(
+    'predict',
+    'name the likeliest classes of the images in a folder',
+    'predict:predict',
+    ignores=('optim', 'train', 'log', 'seed', 'export', 'ptq', 'data.source',
+             'data.name', 'data.dir', 'data.train_split', 'data.eval_split',
+             'data.holdout', 'data.bad_files', 'data.pad', 'data.flip',
+             'data.erase', 'data.mixup', 'data.cutmix', 'data.resident_mib',
+             'eval.num_examples', 'eval.every', *_TRAINING),
+    takes_packed=True,
+    processes='one',
+  ),
+  Mode(
+    'export',
+    'write the weights in the layout of timm, transformers or others, or '
+    'packed into integers',
+    'export:export',
+    ignores=('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed', 'ptq',
+             *_TRAINING),
+    needs_whole=True,
+    processes='one',
+  ),
+)  # fmt: skip
+MODES: dict[str, Mode] = {mode.name: mode for mode in _TABLE}
 
 
 def run(
-  mode: str, config: Any, workdir: str, *, overrides: Iterable[str] = ()
+  mode: str,
+  config: Any,
+  workdir: str,
+  *,
+  overrides: Iterable[str] = (),
+  page: Any = None,
 ) -> None:
-  """Validates the config and does what the mode says.
+  """Resolves the config and does what the mode says.
 
   Args:
     mode: A key of MODES.
-    config: A ConfigDict built on configs/common.py.
+    config: A config with the fields of configs/common.py.
     workdir: Where to write; may be '' for `sites`.
     overrides: Fields that the command line sets.
+    page: The config before they were set.
 
   Raises:
     QvitError: The user's input is wrong.
     Preempted: A signal stopped the run after saving.
   """
-  overrides = list(overrides)
-  notes = config_lib.validate(config, mode=mode, overrides=overrides)
-  models.family(config)  # refuses names that no model has
-  if 'weights.path' in overrides and 'weights.required' not in overrides:
-    config.weights.required = True  # who names weights wants these
-  if mode != 'sites':
-    _join_processes()  # before anything asks JAX for its devices
-  for note in notes:
-    say(f'note: {note}')
-  module, _, function = MODES[mode].partition(':')
-  module = importlib.import_module(f'qvit_jax.modes.{module}')
-  getattr(module, function)(config, workdir)
-
-
-def _join_processes() -> None:
-  """Joins the other processes of a run that was started as several.
-
-  SLURM, Open MPI and cloud TPUs are recognised by JAX itself; elsewhere
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
-  """
-  several = any(
-    int(os.environ.get(name, 1)) > 1
-    for name in ('JAX_NUM_PROCESSES', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
-  )
-  if not several or jax.distributed.is_initialized():
-    return
-  own = {}
-  if 'JAX_NUM_PROCESSES' in os.environ:
-    own = {
-      'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-      'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-      'process_id': int(os.environ['JAX_PROCESS_ID']),
-    }
-  jax.distributed.initialize(**own)
-
-
-MODES: dict[str, str] = {
-  'train': 'train:train',
-  'eval': 'eval:evaluate',
-  'sites': 'sites:sites',
-  'benchmark': 'benchmark:benchmark',
-  'export': 'export:export',
-  'merge_lora': 'merge_lora:merge_lora',
-  'ptq': 'ptq:ptq',
-  'sensitivity': 'sensitivity:sensitivity',
-  'predict': 'predict:predict',
-}
+  runner = importlib.import_module('qvit_jax.modes.runner')
+  runner.run(MODES[mode], config, workdir, overrides=overrides, page=page)

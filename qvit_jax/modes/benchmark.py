@@ -16,7 +16,6 @@ from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
-from qvit_jax.quantization import RECIPES
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
 
@@ -247,9 +246,10 @@ def benchmark(config: Any, workdir: str) -> None:
     session.header('benchmark', experiment, place)
     session.add_teacher(experiment)
     twins = {'model': experiment}
-    if config.quant.recipe != 'none' or config.lora.rank:
+    method = experiment.model.method
+    if method.quantizes or config.lora.rank:
       twins['float'] = _twin(experiment, 'none')
-    if 'quant' in RECIPES[config.quant.recipe].collections:
+    if method.learns_steps:
       twins['aqt'] = _twin(experiment, 'aqt')  # what learned steps cost
     result = {
       'environment': report.environment(),
@@ -271,13 +271,16 @@ def benchmark(config: Any, workdir: str) -> None:
 
 def _twin(experiment: Experiment, recipe: str) -> Experiment:
   """Returns the same experiment under another recipe, training all it has."""
-  config = config_lib.with_fields(experiment.config, {
-    'quant.recipe': recipe,
-    'lora.rank': 0,
-    'lora.targets': (),
-    'train.trainable': ('auto',),
-    'train.stages': (),
-  })  # fmt: skip
+  config = config_lib.with_fields(
+    experiment.config,
+    {
+      'quant.recipe': recipe,
+      'lora.rank': 0,
+      'lora.targets': (),
+      'train.trainable': ('auto',),
+      'train.stages': (),
+    },
+  )
   twin = Experiment(config, training=True, data=experiment.data)
   if config.train.teacher:  # a twin without it would be no twin
     twin.teacher = teacher_lib.load_teacher(twin)

@@ -14,7 +14,7 @@ from qvit_jax.modes.session import say
 def evaluate(config: Any, workdir: str) -> None:
   """Evaluates a checkpoint once over the whole split."""
   with session.opened(workdir) as place:
-    config, packed = sources.open_packed(config)
+    packed = sources.open_packed(config)
     experiment = Experiment(config, training=False, packed=packed)
     session.header('eval', experiment, place)
     variables, origin = sources.evaluated(experiment, place)

@@ -4,11 +4,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from qvit_jax import models, tree, weights
-from qvit_jax.errors import ConfigError, ExportError
+from qvit_jax.errors import ExportError
 from qvit_jax.experiment import checks, sources
 from qvit_jax.experiment.model import Model
 from qvit_jax.modes import packing, session
@@ -27,7 +26,7 @@ def write_weights(
   """
   config, kind = model.config, model.config.export
   params, facts = _read(model, place, say)
-  if config.quant.recipe != 'none':
+  if model.method.quantizes:
     say('note: the float parameters are written; this form knows no bits')
   if model.ops.rectify:
     say(
@@ -121,8 +120,6 @@ def _read(
 
 def export(config: Any, workdir: str) -> None:
   """Writes a packed model, or float parameters in the layout of others."""
-  if jax.process_count() > 1:
-    raise ConfigError('--mode=export runs in one process; start it once')
   with session.opened(workdir) as place:
     model = Model(config)
     say('mode      export')

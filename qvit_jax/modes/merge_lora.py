@@ -11,7 +11,7 @@ import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
-from qvit_jax.errors import ConfigError, ExportError
+from qvit_jax.errors import ExportError
 from qvit_jax.experiment import calibration, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.lora import adapter as lora
@@ -94,13 +94,16 @@ def _merge(
 
 def _whole(config: Any) -> Any:
   """Returns the config of the merged model."""
-  return config_lib.with_fields(config, {
-    'lora.rank': 0,
-    'lora.targets': (),
-    'train.trainable': ('auto',),
-    'weights.path': '',  # it is its own source
-    'checkpoint.path': '',
-  })  # fmt: skip
+  return config_lib.with_fields(
+    config,
+    {
+      'lora.rank': 0,
+      'lora.targets': (),
+      'train.trainable': ('auto',),
+      'weights.path': '',  # it is its own source
+      'checkpoint.path': '',
+    },
+  )
 
 
 def _float_run(experiment: Experiment, variables, params):
@@ -172,7 +175,7 @@ def _compare(experiment: Experiment, variables, whole: Experiment, merged):
   bfloat16 rounds.
   """
   config = experiment.config
-  if config.quant.recipe == 'none':
+  if not experiment.model.method.quantizes:
     config = config_lib.with_fields(config, {'model.dtype': 'float32'})
   size = config.model.image_size
   images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
@@ -207,11 +210,9 @@ def _save(whole: Experiment, merged, target: pathlib.Path, step: int) -> None:
 
 def merge_lora(config: Any, workdir: str) -> None:
   """Folds adapters into the kernels and checks that outputs agree."""
-  if jax.process_count() > 1:
-    raise ConfigError('--mode=merge_lora runs in one process; start it once')
   with session.opened(workdir) as place:
     # Only GPTQ looks at images of the training split.
     calibrates = config.lora.requantize == 'gptq'
-    experiment = Experiment(config, training=calibrates)
+    experiment = Experiment(config, training=False, calibrating=calibrates)
     session.header('merge_lora', experiment, place)
     _merge(experiment, place, say)

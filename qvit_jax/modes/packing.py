@@ -29,7 +29,7 @@ def write_packed(
     CheckpointError: There is no checkpoint, or one of other bits.
   """
   config = model.config
-  if config.quant.recipe == 'none':
+  if not model.method.quantizes:
     raise ExportError(
       "export.format='packed' packs what a quant.recipe trained, but "
       f'quant.recipe is {config.quant.recipe!r}; set it to that of the run, or '

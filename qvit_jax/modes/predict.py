@@ -10,7 +10,7 @@ import numpy as np
 import rich.progress
 
 from qvit_jax.data import open_images, preprocess
-from qvit_jax.errors import ConfigError, DivergedError
+from qvit_jax.errors import DivergedError
 from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
@@ -87,10 +87,8 @@ def to_text(found: Iterator[dict[str, Any]], total: int) -> tuple[str, int]:
 
 def predict(config: Any, workdir: str) -> None:
   """Names the likeliest classes of every image of `eval.images`."""
-  if jax.process_count() > 1:
-    raise ConfigError('--mode=predict runs in one process; start it once')
   with session.opened(workdir) as place:
-    config, packed = sources.open_packed(config)
+    packed = sources.open_packed(config)
     names, line = sources.class_names(config, place)
     data = open_images(config, names)
     experiment = Experiment(config, training=False, data=data, packed=packed)

@@ -4,9 +4,10 @@ import functools
 import pathlib
 from typing import Any
 
+from qvit_jax.config import resolve as config_lib
 from qvit_jax.experiment import ptq_table, qat_runs
-from qvit_jax.experiment.experiment import Experiment
-from qvit_jax.modes import session
+from qvit_jax.experiment.experiment import Experiment, schedule_line
+from qvit_jax.modes import MODES, runner, session
 from qvit_jax.modes.session import say
 from qvit_jax.modes.train import train
 
@@ -16,16 +17,22 @@ def ptq(config: Any, workdir: str) -> None:
 
   And trains it further at the bits of `ptq.qat_specs`, for the curve.
   """
+  context = runner.context_of(MODES['train'], config)
+  runs = qat_runs.plan(
+    config, lambda own: config_lib.resolve(own, context)
+  )
+  if runs:  # the recipe is theirs
+    config = config_lib.with_fields(config, {'quant.recipe': 'none'})
   session.check_float('ptq', config)
-  runs = qat_runs.plan(config)
   with session.opened(workdir) as place:
-    experiment = Experiment(config, training=True)
+    experiment = Experiment(config, training=False, calibrating=True)
     session.header('ptq', experiment, place)
     if runs:
+      first = runs[0].config
       say(
         f'qat       {len(runs)} runs: {", ".join(config.ptq.qat_specs)}, '
-        f'{config.ptq.qat_seeds} seed(s) each, recipe {config.ptq.qat_recipe}, '
-        f'{experiment.schedule_line()}'
+        f'{config.ptq.qat_seeds} seed(s) each, recipe {first.quant.recipe}, '
+        f'{schedule_line(first, experiment.data.train.size)}'
       )
     params = session.float_params(experiment, place)
     table = ptq_table.Table(experiment, params, place, say)

@@ -12,7 +12,7 @@ def sensitivity(config: Any, workdir: str) -> None:
   """Quantizes each product of a trained float model alone; ranks them."""
   session.check_float('sensitivity', config)
   with session.opened(workdir) as place:
-    experiment = Experiment(config, training=True)
+    experiment = Experiment(config, training=False, calibrating=True)
     session.header('sensitivity', experiment, place)
     params = session.float_params(experiment, place)
     table = sensitivity_lib.measure(experiment, params, place, say)

@@ -14,6 +14,7 @@ from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import checks, sources
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.quantization import METHODS
 from qvit_jax.report import rows as report
 from qvit_jax.store import files, runs
 
@@ -99,15 +100,13 @@ def check_float(mode: str, config: Any) -> None:
       'the workdir of a float run, or evaluate the file with --mode=eval '
       '--config.quant.recipe=ptq'
     )
-  if config.quant.recipe != 'none':
+  if METHODS[config.quant.recipe].quantizes:
     raise ConfigError(
       f'--mode={mode} starts from a float model, but quant.recipe is '
       f'{config.quant.recipe!r}; set --config.quant.recipe=none'
     )
   for field in ('checkpoint', 'weights'):
     checks.check_float_run(f'{field}.path', config[field].path)
-  if jax.process_count() > 1:
-    raise ConfigError(f'--mode={mode} runs in one process; start it once')
 
 
 def float_params(

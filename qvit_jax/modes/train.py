@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data
 from qvit_jax.experiment import first_state, sources
-from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.experiment import Experiment, schedule_line
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
 from qvit_jax.store import adapters, files, runs
@@ -31,7 +31,8 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
   with session.opened(workdir) as place:
     experiment = Experiment(config, training=True, data=data)
     session.header('train', experiment, place)
-    say(f'schedule  {experiment.schedule_line()}')
+    size = experiment.data.train.size
+    say(f'schedule  {schedule_line(experiment.config, size)}')
     if config.train.stages:
       say(f'stages    {", ".join(map(str, experiment.stages))}')
     for line in experiment.precision_lines():

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from qvit_jax import tree
+from qvit_jax.config.resolve import upgraded
 from qvit_jax.errors import CheckpointError
 from qvit_jax.ops import Site
 from qvit_jax.quantization.packed import Packed
@@ -282,6 +283,7 @@ def finished(path: str | pathlib.Path) -> Finished:
   try:
     results = json.loads(_text(place / 'results.json') or '{}')
     config = json.loads(_text(place / 'config.json') or 'null')
+    config = None if config is None else upgraded(config)
     lines = [
       json.loads(line)
       for line in _text(place / 'metrics.jsonl').splitlines()

@@ -6,10 +6,12 @@ import re
 import pytest
 
 from configs import common
-from qvit_jax.config import fields
+from qvit_jax.config import listing
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment.model import Model
+from qvit_jax.modes import MODES, runner
+from tests.conftest import notes_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -23,7 +25,7 @@ def load(name):
 
 
 def validate(config, overrides=(), mode='train'):
-  return config_lib.validate(config, mode=mode, overrides=overrides)
+  return notes_of(config, mode=mode, overrides=overrides)
 
 
 @pytest.fixture
@@ -34,15 +36,16 @@ def config():
 
 
 def test_every_field_has_legal_values_and_the_reverse(config):
-  assert set(config_lib.flatten(config)) == set(fields.LEGAL)
+  assert set(config_lib.flatten(config)) == set(config_lib.FIELDS)
 
 
-def test_every_field_is_explained():
-  lines = (ROOT / 'configs/common.py').read_text().splitlines()
-  for i, line in enumerate(lines):
-    if re.match(r'      \w+=|  c\.seed', line):
-      above = lines[i - 1].strip()
-      assert '#' in line or above.startswith('#'), line
+def test_common_lists_every_field_as_help_does():
+  values = config_lib.flatten(common.get_config())
+  page = listing.page(values).rstrip()
+  text = (ROOT / 'configs/common.py').read_text()
+  assert page in text, 'put what listing.page() returns there'
+  for field in config_lib.FIELDS.values():
+    assert len(field.text) > 10, field.name
 
 
 @pytest.mark.parametrize(
@@ -107,12 +110,65 @@ def test_training_nothing_is_refused(config):
     ('optim.warmup_epochs', {'optim.warmup_steps': 1}, 'warmup_steps=0'),
   ],
 )
-def test_an_override_without_effect_is_refused(config, field, set_up, hint):
+def test_a_field_without_effect_is_refused(config, field, set_up, hint):
+  """On the command line, and on a page that sets it to something else."""
   config.update_from_flattened_dict(set_up)
-  validate(config)  # as a default of the file it is no mistake
-  with pytest.raises(ConfigError, match='would have no effect') as error:
-    validate(config, [field])
-  assert hint in str(error.value)
+  validate(config)  # where nobody set it, it is no mistake
+  section, _, name = field.partition('.')
+  page = config.copy_and_resolve_references()
+  value = page[section][name]
+  page[section][name] = (
+    ('bias$',) if isinstance(value, tuple) else
+    'w8a8' if isinstance(value, str) else value / 2 or 1 if
+    isinstance(value, float) else value + 1
+  )
+  for wrong, flags in ((config, [field]), (page, [])):
+    with pytest.raises(ConfigError, match='would have no effect') as error:
+      validate(wrong, flags)
+    assert hint in str(error.value)
+
+
+def test_what_flags_switch_off_of_a_page_is_mentioned(config):
+  page = config.copy_and_resolve_references()
+  page.quant.update(recipe='aqt', default='w8a8')
+  config.quant.default = 'w8a8'
+  notes = notes_of(config, overrides=['quant.recipe'], page=page)
+  assert notes == [
+    "quant.default='w8a8' of the page has no effect with these flags"
+  ]
+
+
+def test_a_resolved_config_cannot_be_changed(config):
+  context = runner.context_of(MODES['train'], config)
+  resolved, _ = config_lib.resolve(config, context)
+  with pytest.raises(AttributeError, match='immutable'):
+    resolved.quant.default = 'w8a8'
+  other = config_lib.with_fields(resolved, {'quant.default': 'w8a8', 'seed': 5})
+  assert (other.quant.default, other.seed) == ('w8a8', 5)
+  assert resolved.quant.default == 'w4a4'
+  for path in (ROOT / 'qvit_jax').rglob('*.py'):
+    if path.name == 'resolve.py':
+      continue  # it makes them
+    found = re.findall(
+      r'^.*\bconfig(?:\.\w+|\[\w+\])+ = .*$|.*\bconfig\.\w+\.update\(.*',
+      path.read_text(), re.M,
+    )  # fmt: skip
+    assert not [line for line in found if "'" not in line], path
+
+
+@pytest.mark.parametrize(
+  'name', [f.name for f in config_lib.FIELDS.values() if f.is_path]
+)
+def test_the_home_folder_is_meant_in_every_path(config, name, monkeypatch):
+  monkeypatch.setenv('HOME', '/somewhere')
+  is_tuple = isinstance(config_lib.FIELDS[name].default, tuple)
+  value = ('~/a', '/b') if is_tuple else '~/a'
+  more = {'quant.calibration_path': {'quant.recipe': 'lsq'},
+          'lora.path': {'lora.rank': 2, 'lora.targets': ('all',)}}  # fmt: skip
+  own = config_lib.with_fields(config, {name: value} | more.get(name, {}))
+  resolved, _ = config_lib.resolve(own, runner.context_of(MODES['train'], own))
+  found = config_lib.flatten(resolved)[name]
+  assert found == (('/somewhere/a', '/b') if is_tuple else '/somewhere/a')
 
 
 def test_an_override_that_another_mode_reads_is_mentioned(config):
@@ -134,9 +190,9 @@ def test_fields_of_training_are_mentioned_elsewhere(mode, field, value):
   config = common.get_config()
   config.train.steps, config.quant.recipe = 1, 'lsq'
   config.update_from_flattened_dict({field: value})
-  notes = config_lib.validate(config, mode=mode, overrides=[field])
+  notes = notes_of(config, mode=mode, overrides=[field])
   assert notes == [f'--config.{field} has no effect in --mode={mode}']
-  assert not config_lib.validate(config, mode=mode, overrides=['quant.recipe'])
+  assert not notes_of(config, mode=mode, overrides=['quant.recipe'])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +201,14 @@ def test_fields_of_training_are_mentioned_elsewhere(mode, field, value):
    ('quant.attn', 'quant.attention')],
 )  # fmt: skip
 def test_the_nearest_field_is_found(config, typo, field):
-  assert config_lib.nearest(typo, config) == field
+  with pytest.raises(ConfigError, match=f'nearest field is --config.{field}'):
+    config_lib.check_name(typo, config)
+
+
+@pytest.mark.parametrize(('old', 'new'), config_lib.RENAMED.items())
+def test_a_field_that_moved_names_its_new_place(config, old, new):
+  with pytest.raises(ConfigError, match=f'{old} is now {new}; set --config.'):
+    config_lib.check_name(old, config)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -191,10 +254,10 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-  'field', [name for name, (_, text) in fields.LEGAL.items() if text]
+  'field', [f.name for f in config_lib.FIELDS.values() if f.check[1]]
 )
 def test_every_legal_check_refuses_a_bad_value(field):
-  legal = fields.LEGAL[field][1]
+  legal = config_lib.FIELDS[field].check[1]
   bad = next((v for k, v in BAD.items() if legal.startswith(k)), 'nonsense')
   config = common.get_config()
   section, _, name = field.rpartition('.')

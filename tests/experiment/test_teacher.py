@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from qvit_jax import models, modes, tree
-from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import (
   CheckpointError,
   ConfigError,
@@ -27,7 +26,12 @@ from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training import loop, losses
 from qvit_jax.training.pca import principal_directions
 from tests import reference
-from tests.conftest import EIGHT_DEVICES, ROOT, make_digits_config
+from tests.conftest import (
+  EIGHT_DEVICES,
+  ROOT,
+  make_digits_config,
+  notes_of,
+)
 
 
 def normal(*shape, seed=0):
@@ -480,7 +484,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
   config = make_digits_config()
   config.update_from_flattened_dict(fields)
   with pytest.raises(ConfigError) as raised:
-    config_lib.validate(config, mode='train', overrides=fields)
+    notes_of(config, mode='train', overrides=fields)
   assert message in str(raised.value)
   assert '\n' not in str(raised.value)
 
@@ -488,7 +492,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
 def test_a_model_with_dgd_is_evaluated_without_its_teacher():
   config = make_digits_config()
   config.quant.dgd = 1.0
-  assert config_lib.validate(config, mode='eval', overrides=()) == []
+  assert notes_of(config, mode='eval', overrides=()) == []
 
 
 def refusal(config):

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from qvit_jax import modes, tree
-from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError, DivergedError, QuantError
 from qvit_jax.experiment import first_state
 from qvit_jax.experiment.calibration import Calibration
@@ -20,7 +19,7 @@ from qvit_jax.quantization.ptq import calibrate
 from qvit_jax.quantization.ptq.ranges import choose_range
 from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training import optimizer
-from tests.conftest import make_digits_config
+from tests.conftest import make_digits_config, notes_of
 from tests.small_models import seen
 from tests.training.test_resume import end_state, rows, stop_after
 
@@ -73,11 +72,11 @@ def start(float_run, files, tmp_path, **fields):
   scales, _, folder = files
   config = config_of(
     **LEARNED | {
-      'quant.calibration_path': folder, 'quant.steps': scales,
+      'quant.calibration_path': folder, 'quant.act_granularity': scales,
       'checkpoint.path': str(float_run),
     } | fields
   )  # fmt: skip
-  config_lib.validate(config, mode='train', overrides=())
+  notes_of(config, mode='train', overrides=())
   experiment = Experiment(config, training=True)
   own = Checkpoints(tmp_path / 'checkpoints', writer=True)
   state, _, lines = first_state.initial_state(experiment, own)
@@ -173,7 +172,7 @@ def learned_run(float_run, files, tmp_path_factory):
   """The fields and the workdir of a finished run from a calibration."""
   place = tmp_path_factory.mktemp('learned')
   fields = LEARNED | {
-    'quant.calibration_path': files[2], 'quant.steps': files[0],
+    'quant.calibration_path': files[2], 'quant.act_granularity': files[0],
     'checkpoint.path': str(float_run), 'train.ema_decay': 0.9,
   }  # fmt: skip
   modes.run('train', config_of(**fields), str(place))
@@ -199,9 +198,15 @@ def test_a_resumed_run_needs_no_file_and_goes_on_bitwise(
   [
     ({'checkpoint.path': ''}, 'plain.safetensors is of other weights; run'),
     ({'checkpoint.path': '', 'model.norm_eps': 1e-5}, 'of another architect'),
-    ({'quant.steps': 'per_position'}, 'holds statistics per_tensor, not per'),
+    (
+      {'quant.act_granularity': 'per_position'},
+      'holds statistics per_tensor, not per',
+    ),
     ({'quant.calibration_path': 'nowhere'}, 'nowhere/plain.safetensors is no '),
-    ({'quant.steps': 'per_head'}, "which quant.steps='per_head' wants; set "),
+    (
+      {'quant.act_granularity': 'per_head'},
+      "which quant.act_granularity='per_head' wants; set ",
+    ),
   ],
 )
 def test_statistics_of_something_else_are_refused(
@@ -235,7 +240,7 @@ def test_the_range_counts_with_a_calibration(
 ):
   scales, _, folder = files
   fields = {
-    'quant.calibration_path': folder, 'quant.steps': scales,
+    'quant.calibration_path': folder, 'quant.act_granularity': scales,
     'checkpoint.path': str(float_run), 'train.steps': 1,
     'ptq.range': 'percentile',
   }  # fmt: skip

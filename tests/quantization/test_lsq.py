@@ -590,7 +590,7 @@ def test_turned_inputs_are_told_from_others(tmp_path):
 @pytest.mark.parametrize(
   ('recipe', 'field', 'value', 'message'),
   [
-    ('aqt', 'quant.steps', 'per_head', 'no step is learned'),
+    ('aqt', 'quant.act_granularity', 'per_head', 'no step is learned'),
     ('aqt', 'optim.quant_lr', 1e-3, 'no step is learned'),
     ('qvit', 'quant.zero_point', False, 'qvit always has zero points'),
     ('lsq', 'quant.irm', 'layernorm', 'only qvit rectifies'),

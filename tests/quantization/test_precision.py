@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from qvit_jax import models, modes, tree
-from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import (
   CheckpointError,
   ConfigError,
@@ -24,7 +23,7 @@ from qvit_jax.quantization.methods.aqt import AqtCore
 from qvit_jax.training import loss_scale
 from qvit_jax.training.loss_scale import ScaledState
 from qvit_jax.training.step import SCALING, TICK
-from tests.conftest import make_digits_config
+from tests.conftest import make_digits_config, notes_of
 from tests.quantization.test_aqt import GRANULARITIES, PRODUCTS, operands
 from tests.training.test_resume import end_state, rows, stop_after
 
@@ -279,7 +278,7 @@ def test_header_says_what_is_on(overflowed, capsys):
 def test_illegal_values_are_refused(field, value, part):
   config = make_config(**{field: value})
   with pytest.raises(ConfigError, match=field) as raised:
-    config_lib.validate(config, mode='train', overrides=())
+    notes_of(config, mode='train', overrides=())
   assert part in str(raised.value)
 
 
@@ -294,7 +293,7 @@ def test_illegal_values_are_refused(field, value, part):
 def test_fields_without_an_effect_are_refused(field, hint):
   config = make_config('float32')
   with pytest.raises(ConfigError, match='would have no effect') as raised:
-    config_lib.validate(config, mode='train', overrides=[field])
+    notes_of(config, mode='train', overrides=[field])
   assert hint in str(raised.value)
 
 

@@ -16,7 +16,7 @@ from qvit_jax.quantization import build_plan
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq import rows as rows_lib
 from qvit_jax.report import curves
-from tests.conftest import make_digits_config
+from tests.conftest import make_digits_config, notes_of
 from tests.training.test_resume import end_state, rows, stop_after
 
 
@@ -116,7 +116,7 @@ def test_a_run_of_other_settings_or_weights_is_refused(
   config.optim.lr = 0.5
   with pytest.raises(ConfigError, match=r'optim\.lr=0\.001, not 0\.5; set it'):
     modes.run('ptq', config, str(measured))
-  run = curve.plan(curve_config(start))[0]
+  run = curve.plan(curve_config(start), notes_of)[0]
   place = measured / 'qat' / run.name
   with pytest.raises(ConfigError, match='from other float weights; delete'):
     curve._record(place, run, 'another digest')
@@ -217,19 +217,19 @@ def test_a_config_that_cannot_train_is_refused_first():
   config = curve_config('nowhere')
   config.quant.rules = (('blok', 'w8a8'),)
   with pytest.raises(ConfigError, match="'blok' matches nothing"):
-    curve.plan(config)
+    curve.plan(config, notes_of)
   config.quant.rules = ('patch_embed',)  # no pair
   with pytest.raises(ConfigError, match=r'quant\.rules'):
-    curve.plan(config)
+    curve.plan(config, notes_of)
   config = curve_config('nowhere')
   config.train.feature_weight = 1.0  # of a teacher that there is not
   with pytest.raises(ConfigError, match=r'train\.teacher is empty'):
-    curve.plan(config)
+    curve.plan(config, notes_of)
 
 
 def test_training_fields_count_where_the_table_trains():
   config = curve_config('nowhere')
-  validate = lambda *names: config_lib.validate(
+  validate = lambda *names: notes_of(
     config, mode='ptq', overrides=names
   )
   assert validate('optim.lr', 'train.steps', 'quant.rules', 'log.every') == []
@@ -238,9 +238,9 @@ def test_training_fields_count_where_the_table_trains():
     '--config.export.layout has no effect in --mode=ptq',
   ]
   with pytest.raises(ConfigError, match='no step is learned'):
-    validate('quant.steps')  # the recipe is aqt
-  config.ptq.qat_recipe = 'lsq'
-  assert validate('quant.steps') == []
+    validate('quant.act_granularity')  # the recipe is aqt
+  config.quant.recipe = 'lsq'
+  assert validate('quant.act_granularity') == []
   config.ptq.qat_specs = ()
   assert len(validate('optim.lr', 'log.every')) == 2
   with pytest.raises(ConfigError, match=r'ptq\.qat_specs is empty'):
@@ -257,15 +257,15 @@ def test_training_fields_count_where_the_table_trains():
 )
 def test_runs_train_what_there_is(recipe, steps, trained):
   config = curve_config('nowhere')
-  config.ptq.qat_recipe, config.quant.steps = recipe, steps
-  runs = curve.plan(config)
+  config.quant.recipe, config.quant.act_granularity = recipe, steps
+  runs = curve.plan(config, notes_of)
   assert {run.config.train.trainable for run in runs} == {trained}
   assert [run.config.seed for run in runs[:2]] == [0, 1]
   assert config.train.trainable == ('auto',)
 
 
 def test_the_config_asks_for_five_widths_and_three_seeds():
-  runs = curve.plan(scaling_law.get_config())
+  runs = curve.plan(scaling_law.get_config(), notes_of)
   assert [run.name for run in runs[:4]] == [
     'w8a8_seed0', 'w8a8_seed1', 'w8a8_seed2', 'w6a6_seed0',
   ]  # fmt: skip

@@ -23,9 +23,13 @@ import jax.numpy as jnp
 from aqt.jax.v2 import calibration, stochastic_rounding, utils
 from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import int_numerics
+from jaxtyping import Array, Float
 
-from qvit_jax.ops import dot_general
-from qvit_jax.quantization import numerics
+from qvit_jax.ops import Ops, dot_general
+from qvit_jax.quantization import numerics, qtensor
+from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.methods.method import BITS, Method
+from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
 if not hasattr(jax.core, 'get_aval'):
@@ -135,3 +139,63 @@ class AqtCore:
     else:
       aqt = _aqt_dot_general(spec.acts, rhs_bits, whole)
     return aqt(lhs, rhs, dims).astype(jnp.float32)
+
+  def pack(self, params, learned, dtype):
+    """See `packing.Packs`."""
+    del learned  # there is nothing besides parameters
+    rest, kernels = pack_kernels(params, self.plan, dtype)
+    return rest, kernels, _site_plans(self.plan)
+
+
+def _site_plans(plan: QuantPlan) -> dict[str, SitePlan]:
+  plans = {}
+  for site, spec in zip(plan.sites, plan.specs, strict=True):
+    weights = spec.weights if site.is_layer else None
+    rounded = spec.acts or weights
+    aqt = plan.act_granularity if rounded else ''
+    plans[site.path] = SitePlan(weights, spec.acts, aqt=aqt)
+  return plans
+
+
+def pack_kernels(
+  params: dict[str, Any], plan: QuantPlan, dtype: str
+) -> tuple[dict[str, Any], dict[str, QTensor | Array]]:
+  """Returns (parameters that are no kernels, kernels), by path.
+
+  Kernels that the plan leaves in float have the compute dtype. See `pack`.
+  """
+  rest, kernels = dict(params), {}
+  for site, spec in zip(plan.sites, plan.specs, strict=True):
+    if site.is_layer:
+      name = f'{site.path}/kernel'
+      w = jnp.asarray(rest.pop(name)).reshape(site.rhs_shape)
+      kernels[name] = _convert(w, spec.weights, dtype)
+  return rest, kernels
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # see `numerics.aqt_codes`
+def _convert(
+  w: Float[Array, 'i o'], bits: int | None, dtype: str
+) -> QTensor | Array:
+  w = w.astype(dtype)  # which products see, and so do their scales
+  if bits is None:
+    return w
+  codes, scale = numerics.aqt_codes(
+    w.astype(numerics.aqt_dtype(w.dtype)), bits, (0,)
+  )
+  return qtensor.from_codes(codes, scale, bits)
+
+
+def _note(quant, ops: Ops, plan: QuantPlan) -> str:
+  del ops, plan
+  if not quant.backward_bits:
+    return ''
+  return f', backward products {quant.backward_bits} bit, stochastic'
+
+
+METHOD = Method(
+  lambda quant, plan, hidden: Ops(core=AqtCore(plan, quant.backward_bits)),
+  reads=(*BITS, 'quant.backward_bits'),
+  granularities=('per_token', 'per_tensor'),
+  note=_note,
+)

@@ -8,15 +8,20 @@ it give.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from qvit_jax.ops import Site, dot_general
-from qvit_jax.quantization import numerics
+from qvit_jax.errors import QuantError
+from qvit_jax.ops import Ops, Site, dot_general
+from qvit_jax.quantization import numerics, qtensor
 from qvit_jax.quantization.hadamard import hadamard_block, turn_blocks
+from qvit_jax.quantization.integer_core import SitePlan
 from qvit_jax.quantization.methods import lsq
+from qvit_jax.quantization.methods.method import BITS, Method
+from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan
 
 STEPS = ('per_tensor', 'per_head', 'per_position', 'per_token')
@@ -119,6 +124,55 @@ class LearnedCore:
     )
     return coder, (step, jnp.zeros_like(step))
 
+  def pack(self, params, learned, dtype):
+    """See `packing.Packs`."""
+    rest, quant, plans = dict(params), {}, {}
+    plan = self.plan
+    for site, spec in zip(plan.sites, plan.specs, strict=True):
+      weights = spec.weights if site.is_layer else None
+      clip = GELU_CLIP if site.path in self.clipped else 0.0
+      block = self.block(site)
+      is_static = spec.acts is not None and plan.act_granularity != 'per_token'
+      plans[site.path] = SitePlan(
+        weights, spec.acts, is_static=is_static, block=block, clip=clip
+      )
+      if site.is_layer:
+        name = f'{site.path}/kernel'
+        w = rest.pop(name).reshape(site.rhs_shape)
+        if block:
+          w = turn_blocks(w.T, block).T
+        quant[name] = w.astype(dtype)
+        if weights:
+          coder = lsq.Coder(weights, self.kernels, is_signed=True)
+          step = learned.get(f'{site.path}/kernel_step')
+          zero = jnp.zeros(())
+          codes, worth = lsq.encode(w, step, zero, coder)
+          quant[name] = qtensor.from_codes(
+            codes,
+            worth.reshape(1, -1),
+            weights,
+            is_odd=self.kernels == 'statsq',
+          )
+      if is_static:
+        for side in ('lhs',) if site.is_layer else ('lhs', 'rhs'):
+          start = f'{site.path}/{side}'
+          step = learned[f'{start}_step']
+          quant[f'{start}_scale'] = jnp.maximum(step, lsq.LEAST)
+          quant[f'{start}_zero'] = jnp.round(learned[f'{start}_zero'])
+    quant |= {
+      path: x
+      for path, x in learned.items()
+      if path.endswith(('_gamma', '_beta'))  # of rectified queries and keys
+    }
+    return rest, quant, plans
+
+  def takes_step(self, site: Site, kernel: QTensor, block: int) -> bool:
+    """See `packing.TakesSteps`."""
+    if self.kernels != 'step':
+      return False
+    here = self.plan.by_path[site.path].weights, 1, False, self.block(site)
+    return here == (kernel.bits, len(kernel.scale), kernel.is_odd, block)
+
 
 def shared_axes(
   ndim: int, contracted: int, heads: tuple[int, ...], steps: str
@@ -150,3 +204,51 @@ def _variables(module, names, shape, fit):
   for name, value in zip(names, values, strict=True):
     module.put_variable('quant', name, value)
   return values
+
+
+def _make_ops(quant, plan, hidden, kernels: str = 'step') -> Ops:
+  turned = hidden if quant.hadamard else ()
+  core = LearnedCore(plan, kernels, has_zero=quant.zero_point, turned=turned)
+  if quant.hadamard and not any(map(core.block, plan.sites)):
+    raise QuantError(
+      'quant.hadamard=True would have no effect: no layer behind a '
+      'nonlinearity rounds its input; give one bits of activations, or leave '
+      'hadamard out'
+    )
+  return Ops(core=core)
+
+
+def note(quant, ops: Ops, plan: QuantPlan) -> str:
+  """Returns what a header says of kernels that are dampened, inputs turned."""
+  core, text = ops.core, ''
+  if core.kernels == 'step' and quant.dampen:
+    text += f', kernels dampened by {quant.dampen:g}'
+  if core.turned:
+    count = sum(plan.by_path[path].acts is not None for path in core.turned)
+    text += f', inputs of {count} layers turned'
+  return text
+
+
+# What recipes with learned steps have in common.
+LEARNED = Method(
+  _make_ops,
+  reads=(*BITS, 'quant.calibration_path', 'optim.quant_lr'),
+  granularities=STEPS,
+  collections=('params', 'quant'),
+  learns_steps=True,
+  note=note,
+)
+_LSQ_READS = (*LEARNED.reads, 'quant.zero_point', 'quant.hadamard')
+LSQ = dataclasses.replace(
+  LEARNED,
+  reads=(*_LSQ_READS, 'quant.dampen'),
+  dampens=True,
+  same=('recipe', 'zero_point', 'hadamard'),
+)
+STATSQ = dataclasses.replace(
+  LEARNED,
+  make_ops=functools.partial(_make_ops, kernels='statsq'),
+  reads=(*_LSQ_READS, 'quant.freeze'),
+  freezes=True,
+  same=('recipe', 'zero_point', 'hadamard'),
+)

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvit_jax.ops import Ops
+from qvit_jax.quantization.methods.learned_core import LEARNED, LearnedCore
+
 _EPSILON = 1e-5
 
 
@@ -73,3 +76,17 @@ class Rectifier:
         module.put_variable('quant', key, value)
     gamma, beta = (module.get_variable('quant', key) for key in names)
     return rectify(wide, gamma, beta, form=self.form).astype(x.dtype)
+
+
+def _make_ops(quant, plan, hidden) -> Ops:
+  core = LearnedCore(plan, clipped=hidden)
+  return Ops(core=core, rectify=Rectifier(quant.irm))
+
+
+METHOD = dataclasses.replace(
+  LEARNED,
+  make_ops=_make_ops,
+  reads=(*LEARNED.reads, 'quant.dampen', 'quant.irm'),
+  dampens=True,
+  same=('recipe', 'irm'),
+)

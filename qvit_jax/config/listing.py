@@ -1,0 +1,89 @@
+"""Fields as text: for `--help`, and for configs/common.py."""
+
+import difflib
+import textwrap
+from typing import Any
+
+from qvit_jax.config.fields import Field
+from qvit_jax.config.resolve import FIELDS, RENAMED
+from qvit_jax.errors import ConfigError
+
+SECTIONS = tuple(dict.fromkeys(field.section for field in FIELDS.values()))
+
+
+def describe(topic: str, ignored_by: dict[str, list[str]]) -> str:
+  """Returns what `--help TOPIC` prints.
+
+  Args:
+    topic: A section, or 'section.field'.
+    ignored_by: {field: modes that do not read it}.
+
+  Raises:
+    ConfigError: There is neither such a section nor such a field.
+  """
+  if topic in FIELDS:
+    return '\n'.join(_whole(FIELDS[topic], ignored_by[topic]))
+  if topic in SECTIONS:
+    fields = [field for field in FIELDS.values() if field.section == topic]
+    return '\n'.join(line for field in fields for line in lines(field))
+  if topic in RENAMED:
+    raise ConfigError(
+      f'{topic} is now {RENAMED[topic]}; see --help {RENAMED[topic]}'
+    )
+  known = [*SECTIONS, *FIELDS]
+  near = difflib.get_close_matches(topic, known, n=1, cutoff=0.0)[0]
+  raise ConfigError(
+    f'--help {topic}: there is no such section or field; the nearest is '
+    f'{near} (sections: {", ".join(SECTIONS)})'
+  )
+
+
+def lines(field: Field, value: Any = None) -> list[str]:
+  """Returns a field with its default and meaning, in lines of 80 columns.
+
+  Args:
+    field: The row.
+    value: Another default than the row's.
+  """
+  value = field.default if value is None else value
+  text = textwrap.wrap(
+    field.text, 80, initial_indent='    ', subsequent_indent='    '
+  )
+  head = textwrap.wrap(
+    f'{field.name} = {value!r}',
+    80,
+    initial_indent='  ',
+    subsequent_indent='      ',
+  )
+  return [*head, *text]
+
+
+def _whole(field: Field, ignored_by: list[str]) -> list[str]:
+  found = lines(field)
+  if field.check[1]:
+    found.append(f'    allowed: {field.check[1]}')
+  if field.is_path:
+    found.append('    a path: ~ is the home folder')
+  if field.of_method:
+    found.append('    counts where quant.recipe reads it')
+  for need in field.needs:
+    found.append(f'    does not count where {need.hint}')
+  if ignored_by:
+    found.append(f'    not read by --mode={", ".join(ignored_by)}')
+  return found
+
+
+def page(values: dict[str, Any]) -> str:
+  """Returns every field, section by section, for configs/common.py.
+
+  Args:
+    values: {'section.field': default}.
+  """
+  found = []
+  for section in SECTIONS:
+    found.append(f'{section}')
+    for field in FIELDS.values():
+      if field.section == section:
+        found += lines(field, values[field.name])
+    found.append('')
+  return '\n'.join(found)

@@ -1,0 +1,122 @@
+"""What the model is. A row a field."""
+
+from qvit_jax.config.fields import (
+  ANY,
+  BELOW_ONE,
+  BOOL,
+  NO_SIZE,
+  ONE_UP,
+  ZERO_UP,
+  Field,
+  number,
+  one_of,
+)
+
+FIELDS = (
+  Field(
+    'seed', 0, number(0, 2**32),
+    'Of init, data order, augmentation and dropout; 0 to 2**32 - 1.',
+  ),
+  Field(
+    'model.name', '', ANY,
+    'The family of models.',
+    choices=True,
+  ),
+  Field(
+    'model.size', '', ANY,
+    "'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'. '' takes "
+    'the five numbers below instead.',
+  ),
+  Field(
+    'model.patch', 16, ONE_UP,
+    'Side of a patch in pixels; divides image_size.',
+    needs=(NO_SIZE,),
+  ),
+  Field(
+    'model.width', 192, ONE_UP,
+    'Channels of a token; heads divides it.',
+    needs=(NO_SIZE,),
+  ),
+  Field(
+    'model.depth', 12, ONE_UP,
+    'Transformer blocks; >= 1.',
+    needs=(NO_SIZE,),
+  ),
+  Field(
+    'model.heads', 3, ONE_UP,
+    'Attention heads; >= 1.',
+    needs=(NO_SIZE,),
+  ),
+  Field(
+    'model.mlp_dim', 768, ONE_UP,
+    'Hidden channels of the MLP; >= 1.',
+    needs=(NO_SIZE,),
+  ),
+  Field(
+    'model.image_size', 224, ONE_UP,
+    'Side of the square input in pixels; >= 1.',
+  ),
+  Field(
+    'model.num_classes', 1000, number(2),
+    'Outputs of the head; >= 2.',
+  ),
+  Field(
+    'model.pool', 'token', one_of('token', 'mean', 'patch_mean', 'token_mean'),
+    "What the head sees: 'token' (class token) | 'mean' (of the patches; no "
+    "class token) | 'patch_mean' (of the patches, beside a class token, as "
+    "MAE) | 'token_mean' (token and mean side by side, as DINOv2).",
+  ),
+  Field(
+    'model.norm_after_pool', False, BOOL,
+    "The last norm stands behind the pooling (MAE's fc_norm); not with "
+    "'token_mean'.",
+  ),
+  Field(
+    'model.registers', 0, ZERO_UP,
+    'Tokens after the class token that no patch fills: registers, or the '
+    'distillation token of DeiT; >= 0.',
+  ),
+  Field(
+    'model.layer_scale', 0.0, ZERO_UP,
+    'Initial value of LayerScale; 0 = none.',
+  ),
+  Field(
+    'model.qk_norm', False, BOOL,
+    'LayerNorm on queries and keys of each head.',
+  ),
+  Field(
+    'model.norm_eps', 1e-06, number(0, open_low=True),
+    'Epsilon of every LayerNorm; > 0.',
+  ),
+  Field(
+    'model.dropout', 0.0, BELOW_ONE,
+    'After attention and in the MLP; [0, 1).',
+  ),
+  Field(
+    'model.attention_dropout', 0.0, BELOW_ONE,
+    'On attention weights; [0, 1).',
+  ),
+  Field(
+    'model.embedding_dropout', 0.0, BELOW_ONE,
+    'After the position embedding; [0, 1).',
+  ),
+  Field(
+    'model.head_dropout', 0.0, BELOW_ONE,
+    'Before the head; [0, 1).',
+  ),
+  Field(
+    'model.stochastic_depth', 0.0, BELOW_ONE,
+    "Chance to skip the last block's branches, growing linearly from 0 at the "
+    'first block; [0, 1).',
+  ),
+  Field(
+    'model.dtype', 'bfloat16', one_of('bfloat16', 'float16', 'float32'),
+    "Of products: 'bfloat16' | 'float16' (with loss scaling) | 'float32'; "
+    'parameters, norms and softmax are float32.',
+    of_method=True,
+  ),
+  Field(
+    'model.remat', False, BOOL,
+    'Recompute blocks in the backward pass: less memory.',
+  ),
+)  # fmt: skip

@@ -1,0 +1,82 @@
+"""Evaluation, checkpoints, files, devices and logs. A row a field."""
+
+from qvit_jax.config.fields import (
+  ANY,
+  BOOL,
+  HAS_LAYOUT,
+  ONE_UP,
+  ZERO_UP,
+  Field,
+  one_of,
+)
+
+FIELDS = (
+  Field(
+    'eval.batch_size', 256, ONE_UP,
+    'Images a step, over all devices.',
+  ),
+  Field(
+    'eval.num_examples', 0, ZERO_UP,
+    'Evaluate the first N images (folder: N spread over the classes); 0 = '
+    'all.',
+  ),
+  Field(
+    'eval.every', 0, ZERO_UP,
+    'Updates between evaluations; 0 = once an epoch.',
+  ),
+  Field(
+    'eval.images', '', ANY,
+    '--mode=predict: a folder, searched with those below it, or one file.',
+    is_path=True,
+  ),
+  Field(
+    'eval.top_k', 5, ONE_UP,
+    '--mode=predict: likeliest classes that are named; >= 1.',
+  ),
+  Field(
+    'checkpoint.path', '', ANY,
+    "Another run's workdir, or WORKDIR/checkpoints/STEP: what `eval` "
+    "evaluates and what a new `train` run starts from. '' = own workdir. With "
+    "quant.recipe='ptq': the file of a packed model.",
+    is_path=True,
+  ),
+  Field(
+    'checkpoint.every', 0, ZERO_UP,
+    'Updates between saves; 0 = at each evaluation.',
+  ),
+  Field(
+    'export.format', 'safetensors', one_of('safetensors', 'npz', 'packed'),
+    "'safetensors' | 'npz' | 'packed' (the integers of a run with any "
+    "quant.recipe but 'none'; layout has no effect)",
+  ),
+  Field(
+    'export.layout', 'timm', ANY,
+    'Whose names and axes.',
+    needs=(HAS_LAYOUT,), choices=True,
+  ),
+  # Devices along each axis of the mesh; their product is the device count.
+  Field(
+    'mesh.data', 0, ZERO_UP,
+    'Copies of the model; 0 = all devices that are left.',
+  ),
+  Field(
+    'mesh.fsdp', 1, ONE_UP,
+    'Parts that parameters and batch are split into.',
+  ),
+  Field(
+    'mesh.tensor', 1, ONE_UP,
+    'Parts that heads and MLP channels are split into.',
+  ),
+  Field(
+    'log.every', 50, ONE_UP,
+    'Updates between two lines of metrics; >= 1.',
+  ),
+  Field(
+    'log.tensorboard', True, BOOL,
+    'Event files through CLU (needs TensorFlow).',
+  ),
+  Field(
+    'log.histograms', True, BOOL,
+    'Of the weights, at each evaluation.',
+  ),
+)  # fmt: skip
