@@ -24,6 +24,7 @@ import signal
 import sys
 import textwrap
 
+_HELP = ('--help', '-h', '-help', '--helpfull')
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
 
 
@@ -119,9 +120,13 @@ def _load(path: str, argument: str | None):
   except ConfigError:
     raise
   except (Exception, SystemExit) as error:  # noqa: BLE001 - user code
+    given, advice = path, 'mend it, configs/common.py shows how'
+    if argument is not None:
+      given = f'{path}:{argument}'
+      advice = f'give what get_config() of {path} takes behind the colon'
     raise ConfigError(
-      f'--config={path} cannot be read: {type(error).__name__}: '
-      f'{" ".join(str(error).split())}; mend it, configs/common.py shows how'
+      f'--config={given} cannot be read: {type(error).__name__}: '
+      f'{" ".join(str(error).split())}; {advice}'
     ) from error
   if not hasattr(config, 'to_dict'):
     raise ConfigError(
@@ -135,15 +140,19 @@ def _help(argv: list[str]) -> str:
   """Returns what --help prints, by itself or with a section or a field."""
   from qvit_jax.modes import MODES
 
-  topics = [a for a in argv[1:] if not a.startswith('-')]
+  topics = [a.removeprefix('--help=') for a in argv[1:] if _is_topic(a)]
   if topics:
+    from configs import common
     from qvit_jax.config import listing, resolve
 
+    values = resolve.flatten(common.get_config())
     ignored = {
       field: [name for name, m in MODES.items() if m.ignores_field(field)]
       for field in resolve.FIELDS
     }
-    return '\n'.join(listing.describe(topic, ignored) for topic in topics)
+    return '\n'.join(
+      listing.describe(topic, ignored, values) for topic in topics
+    )
   lines = [
     line
     for mode in MODES.values()
@@ -157,13 +166,17 @@ def _help(argv: list[str]) -> str:
   return __doc__.strip().replace('MODES', '\n'.join(lines))
 
 
+def _is_topic(argument: str) -> bool:
+  return argument.startswith('--help=') or not argument.startswith('-')
+
+
 def main(argv: list[str]) -> int:
   """Runs the command line; returns the exit code."""
   from qvit_jax.errors import Preempted, QvitError
 
   command = shlex.join(['python', *argv])
   try:
-    if {'--help', '-h', '-help', '--helpfull'} & set(argv):
+    if any(a in _HELP or a.startswith('--help=') for a in argv):
       print(_help(argv))
       return 0
     from absl import logging

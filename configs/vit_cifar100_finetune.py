@@ -17,7 +17,10 @@ from configs import common
 def get_config(size='S/14'):
   """Returns the config of a size such as 'B/16'."""
   config = common.get_config()
-  patch = int(size.partition('/')[2])
+  patch = size.partition('/')[2]
+  if not patch.isdigit():
+    raise ValueError(f"the size {size!r} names no patch; write it as 'B/16'")
+  patch = int(patch)
   config.model.update(size=size, image_size=7 * patch, num_classes=100)
   if size == 'S/14':
     config.model.layer_scale = 1e-5

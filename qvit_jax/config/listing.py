@@ -11,21 +11,27 @@ from qvit_jax.errors import ConfigError
 SECTIONS = tuple(dict.fromkeys(field.section for field in FIELDS.values()))
 
 
-def describe(topic: str, ignored_by: dict[str, list[str]]) -> str:
+def describe(
+  topic: str, ignored_by: dict[str, list[str]], values: dict[str, Any]
+) -> str:
   """Returns what `--help TOPIC` prints.
 
   Args:
     topic: A section, or 'section.field'.
     ignored_by: {field: modes that do not read it}.
+    values: {'section.field': default}.
 
   Raises:
     ConfigError: There is neither such a section nor such a field.
   """
   if topic in FIELDS:
-    return '\n'.join(_whole(FIELDS[topic], ignored_by[topic]))
+    field = FIELDS[topic]
+    return '\n'.join(_whole(field, ignored_by[topic], values[topic]))
   if topic in SECTIONS:
     fields = [field for field in FIELDS.values() if field.section == topic]
-    return '\n'.join(line for field in fields for line in lines(field))
+    return '\n'.join(
+      line for field in fields for line in lines(field, values[field.name])
+    )
   if topic in RENAMED:
     raise ConfigError(
       f'{topic} is now {RENAMED[topic]}; see --help {RENAMED[topic]}'
@@ -38,14 +44,13 @@ def describe(topic: str, ignored_by: dict[str, list[str]]) -> str:
   )
 
 
-def lines(field: Field, value: Any = None) -> list[str]:
+def lines(field: Field, value: Any) -> list[str]:
   """Returns a field with its default and meaning, in lines of 80 columns.
 
   Args:
     field: The row.
-    value: Another default than the row's.
+    value: The default.
   """
-  value = field.default if value is None else value
   text = textwrap.wrap(
     field.text, 80, initial_indent='    ', subsequent_indent='    '
   )
@@ -58,8 +63,8 @@ def lines(field: Field, value: Any = None) -> list[str]:
   return [*head, *text]
 
 
-def _whole(field: Field, ignored_by: list[str]) -> list[str]:
-  found = lines(field)
+def _whole(field: Field, ignored_by: list[str], value: Any) -> list[str]:
+  found = lines(field, value)
   if field.check[1]:
     found.append(f'    allowed: {field.check[1]}')
   if field.is_path:

@@ -193,6 +193,11 @@ def _check_fields(flat: dict[str, Any], context: Context) -> None:
         'configs.common.get_config()'
       )
   for name, value in flat.items():
+    if name in RENAMED:
+      raise ConfigError(
+        f'the config sets {name}={value!r}, which is now {RENAMED[name]}; set '
+        f'{RENAMED[name]}={value!r} instead'
+      )
     if name not in FIELDS:
       raise ConfigError(
         f'the config has an unknown field {name}; the nearest is '

@@ -172,7 +172,7 @@ class Table:
     """Returns the digest of everything that a row's numbers depend on."""
     config = config_lib.to_json(self.config)
     # More of them may be asked for later.
-    for field in ('rows', 'qat_runs', 'qat_specs', 'qat_recipe', 'qat_seeds'):
+    for field in ('rows', 'qat_runs', 'qat_specs', 'qat_seeds'):
       config['ptq'].pop(field)
     data = self.experiment.data  # files change, and TFDS sets
     config |= {'evaluated': data.evaluated, 'files': data.digest}
