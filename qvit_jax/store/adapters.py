@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from qvit_jax import tree
-from qvit_jax.config.resolve import upgraded
 from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.store import tensors
 
@@ -77,7 +76,6 @@ def read_header(path: pathlib.Path) -> dict[str, Any]:
       f'{path} is no adapter of ours; give a file that training with lora.rank '
       'wrote'
     ) from error
-  facts['config'] = upgraded(facts['config'])
   if facts['format'] > _FORMAT:
     raise CheckpointError(
       f'{path} has format {facts["format"]}, this version reads up to '

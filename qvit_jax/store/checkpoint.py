@@ -22,7 +22,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from qvit_jax import tree
-from qvit_jax.config.resolve import upgraded
 from qvit_jax.errors import CheckpointError
 from qvit_jax.store import files, manifest
 from qvit_jax.store.digest import digests
@@ -150,7 +149,7 @@ class Checkpoints:
         f'{path.parents[1]} has format {body["format"]}, this version reads '
         f'up to {FORMAT}; update qvit_jax'
       )
-    return body | {'config': upgraded(body['config'])}
+    return body
 
   def save(
     self,

@@ -31,7 +31,7 @@ class Run:
   Attributes:
     kind: 'run', 'packed' or 'adapter'.
     place: The folder of the step, or the file.
-    facts: What it says of itself, as it was written.
+    facts: What it says of itself; its config with the field names of today.
     step: Updates done; None where the file does not say.
   """
 
@@ -215,7 +215,7 @@ def open_adapter(place: pathlib.Path) -> Run:
     WeightsError: It is damaged.
   """
   facts = adapters.read_header(place)
-  return Run('adapter', place, facts, facts['step'])
+  return Run('adapter', place, _of_today(facts), facts['step'])
 
 
 def open_run(
@@ -236,11 +236,18 @@ def open_run(
   if kind == 'adapter':
     return open_adapter(place)
   if kind == 'packed':
-    return Run(kind, place, artifacts.read_header(place))
+    return Run(kind, place, _of_today(artifacts.read_header(place)))
   directory, step = checkpoint.find_step(str(place), field=field)
   stored = checkpoint.Checkpoints(directory, writer=False)
   step = stored.best() if step is None else step
-  return Run('run', directory / str(step), stored.metadata(step), step)
+  facts = _of_today(stored.metadata(step))
+  return Run('run', directory / str(step), facts, step)
+
+
+def _of_today(facts: dict[str, Any]) -> dict[str, Any]:
+  """Returns facts whose config has the field names of today."""
+  config = facts.get('config')
+  return facts if config is None else facts | {'config': upgraded(config)}
 
 
 def has_steps(workdir: pathlib.Path) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.numpy
@@ -171,7 +171,7 @@ def save_described(
   """
   arrays = {n: np.ascontiguousarray(np.asarray(x)) for n, x in arrays.items()}
   text = json.dumps(header)
-  metadata = {key: text, _DIGEST: _content(text, arrays)}
+  metadata = {key: text, _DIGEST: f'{_sha(text.encode())} {_content(arrays)}'}
   save_tensors(arrays, path, form='safetensors', metadata=metadata)
   return path.stat().st_size
 
@@ -187,16 +187,11 @@ def read_described(
     WeightsError: It is damaged.
     KeyError: It has no header of this kind.
   """
-  texts = read_metadata(path)
   header = read_header(path, key)
   arrays = {name: entry.read() for name, entry in read(path).items()}
-  there = texts.get(_DIGEST)
-  if there is not None and there != _content(texts[key], arrays):
-    refuse(
-      path,
-      'it is damaged: its content is not what was written',
-      'bring it back from a copy, or write it again',
-    )
+  digests = read_metadata(path).get(_DIGEST, '').split(' ')
+  if digests != [''] and digests[-1] != _content(arrays):
+    _refuse_content(path)
   return arrays, header
 
 
@@ -207,15 +202,31 @@ def read_header(path: pathlib.Path, key: str) -> dict[str, Any]:
     WeightsError: It is damaged.
     KeyError: The file has no header of this kind.
   """
-  header = parse_json(path, read_metadata(path)[key].encode())
+  texts = read_metadata(path)
+  digests = texts.get(_DIGEST, '').split(' ')
+  if digests != [''] and digests[0] != _sha(texts[key].encode()):
+    _refuse_content(path)
+  header = parse_json(path, texts[key].encode())
   if not isinstance(header, dict):
     refuse(path, f'its header {key!r} is no JSON object')
   return header
 
 
-def _content(text: str, arrays: dict[str, np.ndarray]) -> str:
-  """Returns the SHA-256 of a header and of arrays with their names."""
-  total = hashlib.sha256(text.encode())
+def _refuse_content(path: pathlib.Path) -> NoReturn:
+  refuse(
+    path,
+    'it is damaged: its content is not what was written',
+    'bring it back from a copy, or write it again',
+  )
+
+
+def _sha(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+def _content(arrays: dict[str, np.ndarray]) -> str:
+  """Returns the SHA-256 of arrays with their names, types and shapes."""
+  total = hashlib.sha256()
   for name, values in sorted(arrays.items()):
     total.update(f'{name} {values.dtype} {values.shape} '.encode())
     total.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))

@@ -16,7 +16,8 @@ from qvit_jax.store.checkpoint import Checkpoints
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'before_the_house'
 LOSSES = json.loads((FIXTURES / 'losses.json').read_text())
-PTQ = {'quant.recipe': 'ptq'}
+# It computes in the type that it was packed with.
+PTQ = {'quant.recipe': 'ptq', 'model.dtype': 'bfloat16'}
 # Fields beside the model's, and the file.
 CASES = {
   'float': ({'quant.recipe': 'none'}, 'float'),
