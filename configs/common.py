@@ -79,7 +79,8 @@ quant
   quant.rules = ()
     ((regex, spec), ...): the first regex found in a site's path wins over
     `default`, e.g. (('head', 'w8'),). Specs with a weight part leave the
-    attention products alone.
+    attention products alone. In modes ptq and sensitivity they win over the
+    bits of every row and choice.
   quant.act_granularity = ''
     What shares a range or a learned step of activations: the whole tensor | a
     head of attention products | a token (each head and channel of attention
@@ -321,9 +322,10 @@ log
 
 ptq
   ptq.rows = ('fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
-      'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32', 'w8a8',
-      'w6a6', 'w4a8', 'w4a4', 'w4a4+plain', 'w3a3', 'w2a2+plain',
-      'int8_clip_99.9', 'mixed_simple', 'mixed_variance', 'mixed_sensitivity')
+      'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32', 'w16a16',
+      'w12a12', 'w10a10', 'w8a8', 'w6a6', 'w4a8', 'w4a4', 'w4a4+plain', 'w3a3',
+      'w2a2+plain', 'int8_clip_99.9', 'mixed_simple', 'mixed_variance',
+      'mixed_sensitivity')
     fp32 bf16 fp16, int8_dynamic int8_static int8_weight_only, int4_weight_only
     (also _g32, _g64, _g128), wXaY with X and Y among 2..8, 10, 12, 16,
     mixed_simple mixed_variance mixed_sensitivity, int8_clip_99.9 (also _99,

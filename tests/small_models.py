@@ -6,7 +6,7 @@ import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.quantization.ptq import apply as ptq
-from qvit_jax.quantization.ptq import calibrate, rows
+from qvit_jax.quantization.ptq import calibrate, plans, rows
 from tests.conftest import make_digits_config
 
 
@@ -55,12 +55,21 @@ def seen(x, bins=2048):
   return calibrate.OperandStats(*ends, *ends, counts.astype(np.float32))
 
 
-def pack(config, name, params, stats=None, **options):
+def pack(config, name, params, stats=None, *, rules=(), **options):
   """The packed model of a row; transforms see `stats` too."""
   row, sites = rows.parse_row(name), models.list_sites(config)
   stream = models.stream(config)
   params = ptq.transform(
     row, params, stream, lambda done, params: stats, seed=0
   )
-  plans = ptq.plan_sites(row, sites, params, stream)
-  return ptq.apply_row(row, plans, params, sites, stats, **options)
+  planned = {}
+  if not row.is_float:
+    bits = plans.plan_row(row, products(config, rules), params)
+    planned = plans.plan_sites(row, bits, stream)
+  return ptq.apply_row(row, planned, params, sites, stats, **options)
+
+
+def products(config, rules=()):
+  return plans.Products(
+    models.list_sites(config), models.family(config).stem, rules
+  )

@@ -11,7 +11,9 @@ from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.ops import Site, Stream
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq.calibrate import SiteStats
+from qvit_jax.quantization.ptq.plans import plan_sites
 from qvit_jax.quantization.ptq.rows import Row
+from qvit_jax.quantization.spec import QuantPlan
 from qvit_jax.store import runs
 
 # A row that names another class than float for this share of the images has
@@ -66,29 +68,23 @@ def collapse(
 
 def histograms(
   config: Any,
-  rows: Sequence[Row],
+  plans: Mapping[Row, QuantPlan],
   sites: Sequence[Site],
   stream: Stream | None,
-  params: dict[str, np.ndarray],
-  stats: Mapping[str, SiteStats] | None,
+  stats: Mapping[str, SiteStats],
 ) -> list[dict[str, Any]]:
   """Returns what calibration saw at one product of each kind.
 
   Args:
     config: Its `ptq` has the range method.
-    rows: The static ones say where they clip.
+    plans: Bits of the static rows, which say where they clip.
     sites: All products.
     stream: Of the model; None: it has none.
-    params: Float parameters.
-    stats: Of the untransformed model; None: no row needed any.
+    stats: Of the untransformed model.
   """
-  if stats is None or config.ptq.scales != 'per_tensor':
+  if config.ptq.scales != 'per_tensor':
     return []
-  plans = {
-    row: ptq.plan_sites(row, sites, params, stream)
-    for row in rows
-    if row.is_static and not row.transforms
-  }
+  drawn = {row: plan_sites(row, plan, stream) for row, plan in plans.items()}
   shown: dict[str, list[Site]] = {}
   for site in sites:
     shown.setdefault(site.path.split('/')[-1], []).append(site)
@@ -106,7 +102,7 @@ def histograms(
             row, plan[site.path], operand, config.ptq.range
           )
         ]
-        for row, plan in plans.items()
+        for row, plan in drawn.items()
         if plan[site.path].is_static
       }
       found.append(

@@ -22,7 +22,7 @@ from qvit_jax.experiment.calibration import Calibration, build_model, nest
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.quantization.ptq import apply as ptq
-from qvit_jax.quantization.ptq import calibrate, compare
+from qvit_jax.quantization.ptq import calibrate, compare, plans
 from qvit_jax.quantization.ptq.rows import (
   Row,
   check_groups,
@@ -30,6 +30,7 @@ from qvit_jax.quantization.ptq.rows import (
   parse_row,
 )
 from qvit_jax.quantization.ptq.tune import tune
+from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 from qvit_jax.report import page
 from qvit_jax.report import rows as report
 from qvit_jax.store import artifacts, files
@@ -43,6 +44,7 @@ _BASELINE, _RIVAL = 'fp32', 'bf16'
 class _Measured:
   """Logits of every evaluated image, and how a batch is run for timing."""
 
+  packed: Packed
   logits: np.ndarray
   run: Callable[[], Any]
   memory: dict[str, int | None]
@@ -76,6 +78,7 @@ class Table:
     self.sites = experiment.model.plan.sites
     self.stream = models.stream(config)
     check_stream(self.rows, self.stream)
+    self.products = sensitivity.products(config, self.sites)
     self.qat = [
       findings.qat_row(path, config, experiment.data.evaluated)
       for path in config.ptq.qat_runs
@@ -89,8 +92,13 @@ class Table:
     # Rows of an earlier run count only if they are of the same weights.
     self._digest = calibration.digest(params)
     self._done: dict[str, dict[str, Any]] = {}
+    # Once for all rows: labels of the evaluated images, pictures of the report.
+    self._labels = np.zeros(0, np.int32)
+    self._histograms: list[dict[str, Any]] | None = None
     for note in check_groups(self.rows, self.sites):
       say(f'note: {note}')
+    for line in self._rule_lines():
+      say(line)
     self._check_mixed()
 
   def _check_mixed(self) -> None:
@@ -99,6 +107,20 @@ class Table:
       sensitivity.Sensitivity(
         self.experiment, self.params, self.place, self.say
       )
+
+  def _rule_lines(self) -> list[str]:
+    """Returns what says which rules reach which rows."""
+    lines, stem = [], ''
+    for row in self.rows:
+      stem = stem or self.products.stem_line(row.default)
+    if stem:
+      lines.append(f'rule: {stem}, in rows of fewer bits')
+    if self.products.rules:
+      count = len(self.products.rules)
+      floats = [row.name for row in self.rows if row.is_float]
+      rest = f'; {", ".join(floats)} stay float' if floats else ''
+      lines.append(f'rules: {count} of quant.rules in every row{rest}')
+    return lines
 
   def run(self) -> list[dict[str, Any]]:
     """Runs every row that results.json does not hold yet; returns all."""
@@ -163,7 +185,7 @@ class Table:
     parsed = parse_row(row['name'])
     path = self._artifact(parsed)
     return (
-      row['method'] == parsed.method
+      row['method'] == self._method(parsed)
       and path.is_file()
       and path.stat().st_size == row['artifact_bytes']
     )
@@ -191,18 +213,30 @@ class Table:
       'class_names': list(self.experiment.data.class_names),
       'qat': self.qat,
       'curve': self.curve,
-      'histograms': findings.histograms(
-        self.config,
-        self.rows,
-        self.sites,
-        self.stream,
-        self.params,
-        self._plain_stats(),
-      ),
+      'histograms': self._drawn(),
       'sensitivity': sensitivity.ranked(table, self._digest),
     }
     files.write_json(self.place / 'results.json', content)
     return content
+
+  def _drawn(self) -> list[dict[str, Any]]:
+    """Returns the histograms, made when there are statistics of them."""
+    if self._histograms is None:
+      stats = self._plain_stats()
+      if stats is None:
+        return []
+      static = {
+        row: self._plan_row(row, self.params)
+        for row in self.rows
+        if row.is_static and not row.transforms
+      }
+      self._histograms = findings.histograms(
+        self.config, static, self.sites, self.stream, stats
+      )
+    return self._histograms
+
+  def _method(self, row: Row) -> str:
+    return row.method(plans.row_notes(row, self.products))
 
   def _plain_stats(self) -> dict[str, calibrate.SiteStats] | None:
     """Returns what static rows saw of the untransformed model, if any did."""
@@ -217,12 +251,14 @@ class Table:
     params = ptq.transform(
       row, self.params, self.stream, self._observe, seed=self.config.seed
     )
-    plans = self._plans(row, params)
+    sites = {}
+    if not row.is_float:
+      sites = plans.plan_sites(row, self._plan_row(row, params), self.stream)
     stats = None
     if row.needs_calibration:
       stats = self._observe(row.transforms, params)
     packed = ptq.apply_row(
-      row, plans, params, self.sites, stats, ranges=self.config.ptq.range
+      row, sites, params, self.sites, stats, ranges=self.config.ptq.range
     )
     if 'tune' in row.solvers:
       packed = tune(
@@ -240,16 +276,14 @@ class Table:
     )  # fmt: skip
     return artifacts.load(path, self.sites, architecture)
 
-  def _plans(self, row: Row, params) -> dict[str, ptq.SitePlan]:
+  def _plan_row(self, row: Row, params) -> QuantPlan:
     chosen = None
     if row.mixed == 'mixed_sensitivity':
       table = sensitivity.measure(
         self.experiment, self.params, self.place, self.say
       )
       chosen = sensitivity.assign(self.config, self.sites, table)
-    if row.is_float:
-      return {}
-    return ptq.plan_sites(row, self.sites, params, self.stream, chosen)
+    return plans.plan_row(row, self.products, params, chosen)
 
   def _artifact(self, row: Row) -> pathlib.Path:
     return self.place / 'artifacts' / f'{row.name}.safetensors'
@@ -268,15 +302,17 @@ class Table:
 
     @jax.jit
     def forward(variables, source, batch):
-      images, _ = preprocess.gather(source, batch)
-      return model.apply(
-        variables, preprocess.prepare_eval(images, data=data, size=size)
-      )
+      images, labels = preprocess.gather(source, batch)
+      images = preprocess.prepare_eval(images, data=data, size=size)
+      return model.apply(variables, images), labels
 
-    parts = [
-      np.asarray(forward(packed.variables, source, host))[mask]
-      for host, mask in self._eval_batches()
-    ]
+    parts: list[list[np.ndarray]] = [[], []]
+    for host, mask in self._eval_batches():
+      for part, x in zip(
+        parts, forward(packed.variables, source, host), strict=True
+      ):
+        part.append(np.asarray(x)[mask])
+    logits, self._labels = map(np.concatenate, parts)
     images = jax.random.normal(
       jax.random.key(0), (config.ptq.latency_batch, size, size, 3)
     )
@@ -284,7 +320,8 @@ class Table:
       jax.jit(model.apply), packed.variables, images
     )
     return _Measured(
-      np.concatenate(parts),
+      packed,
+      logits,
       lambda: compiled(packed.variables, images),
       timing.memory(compiled),
     )
@@ -296,20 +333,11 @@ class Table:
     for host in split.eval_batches(batch=batch, rows=slice(0, batch)):
       yield host, np.asarray(host['mask']) > 0
 
-  def _labels(self) -> np.ndarray:
-    source = self.experiment.data.eval.source
-    return np.concatenate(
-      [
-        np.asarray(preprocess.gather(source, host)[1])[mask]
-        for host, mask in self._eval_batches()
-      ]
-    )
-
   def _row(
     self, row: Row, found: _Measured, rivals: dict[str, _Measured], seconds
   ) -> dict[str, Any]:
-    path, base, labels = self._artifact(row), rivals['float'], self._labels()
-    packed = artifacts.load(path, self.sites, models.architecture(self.config))
+    path, base, labels = self._artifact(row), rivals['float'], self._labels
+    packed = found.packed
     sums = EvalSums.zeros(self.config.model.num_classes).add(
       jnp.asarray(found.logits),
       jnp.asarray(labels),
@@ -327,12 +355,14 @@ class Table:
     compared = compare_logits(found.logits, base.logits)
     full = 4 * sum(x.size for x in self.params.values())
     sites = self._site_rows(row, packed)
+    # The bits of its name, unless rules make them others.
+    bits = QuantSpec() if self.products.rules else row.default
     return report.make_row(
       name=row.name,
       **self.experiment.data.evaluated,
-      method=row.method,
-      weight_bits=row.weights or packed.plan.bits('weights'),
-      act_bits=row.acts or packed.plan.bits('acts'),
+      method=self._method(row),
+      weight_bits=bits.weights or packed.plan.bits('weights'),
+      act_bits=bits.acts or packed.plan.bits('acts'),
       size_bytes=packed.num_bytes(),
       artifact_bytes=path.stat().st_size,
       compression=full / packed.num_bytes(),

@@ -15,9 +15,8 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import calibration, sources
 from qvit_jax.experiment.model import Model
-from qvit_jax.quantization import METHODS, build_plan
-from qvit_jax.quantization.ptq.rows import STEM_ACTS
-from qvit_jax.quantization.spec import QuantSpec, parse_spec
+from qvit_jax.quantization import METHODS
+from qvit_jax.quantization.spec import QuantSpec, parse_spec, stem_rule
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
 from qvit_jax.store.runs import finished
@@ -113,22 +112,8 @@ def _training_config(
 
 def _stem_rule(stem: str, spec: QuantSpec) -> tuple[str, str]:
   """Returns the rule that gives the stem the bits it has in rows of PTQ."""
-  bits = QuantSpec(spec.weights, max(spec.acts or 0, STEM_ACTS))
-  return f'^{stem}$', str(bits)
-
-
-def _differences(run: Run) -> list[str]:
-  """Returns layers whose bits differ from those of the row of PTQ."""
-  quant, sites = run.config.quant, models.list_sites(run.config)
-  specs = build_plan(quant, sites).by_path
-  stem = models.family(run.config).stem
-  _, bits = _stem_rule(stem, parse_spec(run.spec, field='ptq.qat_specs'))
-  return [
-    f'{site.path} {specs[site.path]}'
-    for site in sites
-    if site.is_layer
-    and str(specs[site.path]) != (bits if site.path == stem else run.spec)
-  ]
+  pattern, bits = stem_rule(stem, spec)
+  return pattern, str(bits)
 
 
 def measure(
@@ -157,13 +142,6 @@ def measure(
     Preempted: A signal came; the run is saved.
   """
   digest = calibration.digest(params)
-  for run in runs:
-    if run.config.seed == config.seed and (found := _differences(run)):
-      say(
-        f'note: {run.spec} is trained with {", ".join(found[:3])}'
-        f'{" ..." if found[3:] else ""} (quant.rules), which the row '
-        f'{run.spec} of PTQ does not have'
-      )
   records = [_record(place / 'qat' / run.name, run, digest) for run in runs]
   for run, record in zip(runs, records, strict=True):
     of = record['point'] or {}

@@ -21,7 +21,7 @@ from qvit_jax.experiment import calibration
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import qtensor
-from qvit_jax.quantization.ptq import mixed_precision
+from qvit_jax.quantization.ptq import mixed_precision, plans
 from qvit_jax.quantization.ptq.switch_core import SwitchCore, switches
 from qvit_jax.quantization.spec import QuantSpec
 from qvit_jax.report import rows as report
@@ -31,7 +31,7 @@ _FILE = 'sensitivity.json'
 # What decides the images; augmentation is of training alone.
 _DATA = ('source', 'name', 'dir', 'train_split', 'mean', 'std', 'resize')
 # What has to be equal for an earlier table to be gone on with.
-_SAME = ('config_digest', 'weights_digest', 'examples', 'choices')
+_SAME = ('config_digest', 'weights_digest', 'examples', 'choices', 'rules')
 
 
 def measure(
@@ -74,8 +74,10 @@ class Sensitivity:
     config = experiment.config
     self.experiment, self.config, self.say = experiment, config, say
     self.path = place / _FILE
-    self.choices = mixed_precision.parse_choices(config.ptq.choices)
     self.sites = experiment.model.plan.sites
+    self.plans = plans.plan_choices(
+      config.ptq.choices, products(config, self.sites)
+    )
     self.examples = config.ptq.sensitivity_examples
     calibration.check_count(
       experiment, 'ptq.sensitivity_examples', self.examples
@@ -83,9 +85,9 @@ class Sensitivity:
     # Bytes and operations are known now: not after an hour that a budget is
     # too small.
     nothing = {'noise': 0.0}
-    nowhere = {'spec': dict.fromkeys(self.choices, nothing)}
+    nowhere = {'spec': dict.fromkeys(self.plans, nothing)}
     rows = [{'path': site.path, **nowhere} for site in self.sites]
-    assign(config, self.sites, {'choices': list(self.choices), 'sites': rows})
+    assign(config, self.sites, {'choices': list(self.plans), 'sites': rows})
     self.host = params
     self.params = jax.tree.map(jnp.asarray, params)
     self._programs: dict[int | None, Callable[..., jax.Array]] = {}
@@ -136,13 +138,15 @@ class Sensitivity:
       'config_digest': report.config_digest(matters),
       'weights_digest': calibration.digest(self.host),
       'examples': self.examples,
-      'choices': list(self.choices),
+      'choices': list(self.plans),
+      'rules': [list(rule) for rule in self.config.quant.rules],
       'sites': [],
     }
     if not self.path.is_file():
       return fresh
     try:
       old = json.loads(self.path.read_text(encoding='utf-8'))
+      old = {'rules': [], **old}  # which did not count once
       same = all(old[name] == fresh[name] for name in _SAME)
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(
@@ -161,9 +165,9 @@ class Sensitivity:
     name = f'{site.path}/kernel'
     by_bits: dict[int, jax.Array] = {}
     by_spec: dict[QuantSpec, dict[str, float | None]] = {}
-    for choice in self.choices.values():
+    specs = {text: plan.by_path[site.path] for text, plan in self.plans.items()}
+    for spec in specs.values():
       # Choices may mean the same here: products have no weights.
-      spec = mixed_precision.site_spec(site, choice)
       if spec in by_spec:
         continue
       params = self.params
@@ -176,12 +180,9 @@ class Sensitivity:
       logits = base
       if spec != QuantSpec():
         on = site.path if spec.acts else None
-        logits = self._logits(images, params, choice.acts, on)
+        logits = self._logits(images, params, spec.acts, on)
       by_spec[spec] = compare_logits(logits, base)
-    return {
-      text: by_spec[mixed_precision.site_spec(site, choice)]
-      for text, choice in self.choices.items()
-    }
+    return {text: by_spec[spec] for text, spec in specs.items()}
 
   def _logits(
     self,
@@ -210,6 +211,12 @@ def _round_kernel(site: Site, kernel: jax.Array, bits: int) -> jax.Array:
 
 
 # What the table is for.
+
+
+def products(config: Any, sites: Sequence[Site]) -> plans.Products:
+  """Returns a model's products with the rules of its config."""
+  stem = models.family(config).stem
+  return plans.Products(tuple(sites), stem, config.quant.rules)
 
 
 def ranked(path: pathlib.Path, weights_digest: str) -> dict[str, Any] | None:
@@ -263,12 +270,12 @@ def _search(
   config: Any, sites: Sequence[Site], table: dict[str, Any]
 ) -> tuple[dict[str, QuantSpec], str]:
   """Returns what `assign` does and a line that says what it takes."""
-  choices = mixed_precision.parse_choices(table['choices'])
+  choices = plans.plan_choices(table['choices'], products(config, sites))
   noise = {
     row['path']: {text: row['spec'][text]['noise'] for text in choices}
     for row in table['sites']
   }
-  options = mixed_precision.make_options(sites, choices, noise)
+  options = mixed_precision.make_options(choices, noise)
   sums = lambda chosen: (
     mixed_precision.total(options, chosen, k) for k in ('cost', 'bytes', 'bops')
   )
@@ -289,8 +296,7 @@ def _search(
     + f', noise {cost:.3g} in sum'
   )
   specs = {
-    site.path: mixed_precision.site_spec(site, choices[chosen[site.path]])
-    for site in sites
+    site.path: choices[chosen[site.path]].by_path[site.path] for site in sites
   }
   return specs, line
 

@@ -92,6 +92,7 @@ _TABLE = (
              'ptq.scales', 'ptq.tune_steps', 'ptq.latency_batch',
              'ptq.rounds', 'ptq.qat_runs', 'ptq.qat_specs', 'ptq.qat_seeds',
              *_PREDICT),
+    counts=('quant.rules',),
     takes_bits=False,
     needs_whole=True,
     processes='one',

@@ -18,6 +18,7 @@ from qvit_jax.ops import Site
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32
+_STEM_ACTS = 8  # bits at least: pixels do not survive fewer
 _SPEC = re.compile(r'(?:w(\d+))?(?:a(\d+))?')
 
 
@@ -42,9 +43,13 @@ class QuantSpec:
 def parse_spec(text: Any, *, field: str) -> QuantSpec:
   """Returns the spec that 'w4a4', 'w8', 'a8' or 'float' stands for.
 
+  A `QuantSpec` stands for itself, of any bits.
+
   Raises:
     QuantError: Anything else, or bits outside 2 to 8.
   """
+  if isinstance(text, QuantSpec):
+    return text
   found = _SPEC.fullmatch(text) if isinstance(text, str) else None
   if text == 'float':
     return QuantSpec()
@@ -177,15 +182,36 @@ class QuantPlan:
     return ', '.join(parts) or '-'
 
 
+def stem_rule(stem: str, spec: QuantSpec) -> tuple[str, QuantSpec]:
+  """Returns the rule that leaves the first layer enough bits of its pixels.
+
+  Args:
+    stem: Path of that layer.
+    spec: Of the other layers; the stem has at least 8 bits of activations.
+  """
+  acts = max(spec.acts or 0, _STEM_ACTS)
+  return f'^{re.escape(stem)}$', QuantSpec(spec.weights, acts)
+
+
 def resolve(
   sites: Sequence[Site],
   *,
-  default: str,
-  attention: str = 'float',
+  default: str | QuantSpec,
+  attention: str | QuantSpec = 'float',
   rules: Sequence[Any] = (),
+  under: Sequence[tuple[str, str | QuantSpec]] = (),
   act_granularity: str = 'per_token',
 ) -> QuantPlan:
-  """Returns the plan that the fields of `config.quant` make of the sites.
+  """Returns the plan that specs and rules make of the sites.
+
+  Args:
+    sites: All products of the model.
+    default: Of layers that no rule matches.
+    attention: Of attention products that no rule matches.
+    rules: The user's (regex, spec) pairs; each has to have an effect.
+    under: Rules that count where those of the user do not, such as
+      `stem_rule`.
+    act_granularity: See `QuantPlan`.
 
   Raises:
     QuantError: A spec is malformed or asks for bits outside 2 to 8.
@@ -207,6 +233,9 @@ def resolve(
   chosen = rules_lib.match(
     rules, is_layer, field='quant.rules', applies=applies
   )
+  left = [path for path in is_layer if path not in chosen]
+  heard = [r for r in under if any(re.search(r[0], path) for path in left)]
+  chosen |= rules_lib.match(heard, left, field='built-in rules')
   specs = []
   for site in sites:
     if site.path in chosen:

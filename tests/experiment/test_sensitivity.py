@@ -16,11 +16,12 @@ from qvit_jax.experiment import sensitivity
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import FloatCore, Ops, Site
 from qvit_jax.quantization import dequantize, qtensor, quantize, spec
-from qvit_jax.quantization.ptq import mixed_precision
+from qvit_jax.quantization.ptq import mixed_precision, plans
 from qvit_jax.quantization.ptq.mixed_precision import Option, choose
 from qvit_jax.quantization.ptq.switch_core import SwitchCore, switches
 from qvit_jax.quantization.spec import QuantSpec
 from tests.conftest import make_digits_config
+from tests.small_models import products
 
 
 def small_config(**ptq):
@@ -115,8 +116,7 @@ def test_a_switch_rounds_its_site_alone(experiment, params):
   np.testing.assert_allclose(base, plain, atol=1e-5)
   for site in sites:
     found = forward({**variables, 'switch': switches(sites, site.path)}, images)
-    bits = 8 if site.kind == 'conv' else 3  # pixels keep eight
-    slow = models.build_model(config, Ops(core=SlowCore(site.path, bits)))
+    slow = models.build_model(config, Ops(core=SlowCore(site.path, 3)))
     np.testing.assert_allclose(
       found, slow.apply(variables, images), atol=2e-4, err_msg=site.path
     )
@@ -226,7 +226,9 @@ def test_what_is_done_is_not_measured_again(
   assert lines == ['10 of 10 sites done before']
 
 
-@pytest.mark.parametrize('changed', ['weights', 'choices', 'examples', 'seed'])
+@pytest.mark.parametrize(
+  'changed', ['weights', 'choices', 'examples', 'seed', 'rules']
+)
 def test_another_question_starts_anew(
   changed, experiment, params, table, tmp_path, monkeypatch
 ):
@@ -238,13 +240,15 @@ def test_another_question_starts_anew(
     config.ptq.choices = ('w8a8', 'w4a4')
   elif changed == 'examples':
     config.ptq.sensitivity_examples = 39
+  elif changed == 'rules':
+    config.quant.rules = (('head', 'w8a8'),)
   else:
     config.seed = 1
   measured = []
 
   def site(self, site, images, base):
     measured.append(site.path)
-    return dict.fromkeys(self.choices, metrics.compare_logits(base, base))
+    return dict.fromkeys(self.plans, metrics.compare_logits(base, base))
 
   monkeypatch.setattr(sensitivity.Sensitivity, '_site', site)
   experiment = Experiment(config, training=True)
@@ -399,17 +403,44 @@ def test_the_most_sensitive_sites_get_the_bits(experiment, table):
   )
   small, large = (
     sum(
-      mixed_precision.make_option(
-        site, mixed_precision.site_spec(site, QuantSpec(bits, bits)), 0.0
-      ).bytes
-      for site in sites
+      mixed_precision.make_option(site, spec, 0.0).bytes
+      for site, spec in zip(sites, plan.specs, strict=True)
     )
-    for bits in (4, 8)
+    for plan in plans.plan_choices(('w4a4', 'w8a8'), products(config)).values()
   )
   assert small < used <= (small + large) / 2
   config = small_config(budget_mb=small / 1e6)
   specs = sensitivity.assign(config, sites, table)
   assert {s.weights for s in specs.values()} == {4, None}
+
+
+def test_rules_of_the_user_are_kept_by_the_search(experiment, table):
+  """And their bytes count in the budget."""
+  sites = experiment.model.plan.sites
+  config = small_config()
+  config.quant.rules = (('fc1$', 'w8a6'), ('attn/av', 'a5'), ('head', 'float'))
+  specs = sensitivity.assign(config, sites, table)
+  assert str(specs['encoder/block_00/mlp/fc1']) == 'w8a6'
+  assert str(specs['encoder/block_00/attn/av']) == 'a5'
+  assert str(specs['head']) == 'float'
+  kept = {'encoder/block_00/mlp/fc1', 'head'}
+  used = sum(
+    mixed_precision.make_option(s, specs[s.path], 0.0).bytes for s in sites
+  )
+  least = sum(
+    mixed_precision.make_option(
+      s, specs[s.path] if s.path in kept else QuantSpec(4, 4), 0.0
+    ).bytes
+    for s in sites
+  )
+  config.ptq.budget_mb = least / 1e6
+  tight = sensitivity.assign(config, sites, table)
+  assert {tight[path] for path in kept} == {specs[path] for path in kept}
+  weights = {s.weights for p, s in tight.items() if p not in kept}
+  assert weights == {4, None} and used > least
+  config.ptq.budget_mb = (least - 1) / 1e6
+  with pytest.raises(QuantError, match='met by no assignment'):
+    sensitivity.assign(config, sites, table)
 
 
 def test_a_budget_of_operations_takes_bits_of_activations(experiment, table):
@@ -437,11 +468,9 @@ def test_rules_resolve_to_the_assignment(seed):
   sites = models.list_sites(config)
   rng = np.random.default_rng(seed)
   texts = [('w4a4', 'w8a8'), ('w3', 'w4a8', 'a4')][seed % 2]
-  choices = [spec.parse_spec(text, field='') for text in texts]
+  choices = [*plans.plan_choices(texts, products(config)).values()]
   specs = {
-    site.path: mixed_precision.site_spec(
-      site, choices[int(rng.random() ** 4 * len(choices))]
-    )
+    site.path: choices[int(rng.random() ** 4 * len(choices))].by_path[site.path]
     for site in sites
   }
   found, rules = resolved(sites, specs)

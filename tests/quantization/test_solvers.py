@@ -23,6 +23,7 @@ from qvit_jax.quantization.ptq import (
   adaround,
   compare,
   gptq,
+  plans,
   reparametrize,
   rows,
   smooth_quant,
@@ -37,6 +38,7 @@ from tests.small_models import (
   logits,
   normal,
   pack,
+  products,
   random_params,
   rich_config,
   seen,
@@ -152,14 +154,12 @@ def test_transforms_help_coarse_static_scales(model, solver):
     row = rows.parse_row(name)
     changed = ptq.transform(row, params, stream, lambda *_: stats, seed=0)
     own = collect(config, changed, [images])
-    plans = {
+    planned = {
       path: integer_core.SitePlan(8 if plan.weights else None, 4, True)
-      for path, plan in ptq.plan_sites(
-        row, models.list_sites(config), params, stream
-      ).items()
+      for path, plan in plans.plan_row(row, products(config)).by_path.items()
     }
     packed = ptq.apply_row(
-      row, plans, changed, models.list_sites(config), own, ranges='minmax'
+      row, planned, changed, models.list_sites(config), own, ranges='minmax'
     )
     found[name] = sqnr(wanted, packed_logits(config, packed, images))
   plain, solved = found.values()

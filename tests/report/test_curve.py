@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 
 from configs import scaling_law
@@ -13,10 +12,11 @@ from qvit_jax.errors import ConfigError, Preempted
 from qvit_jax.experiment import qat_runs as curve
 from qvit_jax.modes import ptq as ptq_mode
 from qvit_jax.quantization import build_plan
-from qvit_jax.quantization.ptq import apply as ptq
+from qvit_jax.quantization.ptq import plans
 from qvit_jax.quantization.ptq import rows as rows_lib
 from qvit_jax.report import curves
 from tests.conftest import make_digits_config, notes_of
+from tests.small_models import products
 from tests.training.test_resume import end_state, rows, stop_after
 
 
@@ -99,10 +99,7 @@ def test_a_second_call_trains_nothing(start, measured, monkeypatch, capsys):
   modes.run('ptq', config, str(measured))
   out = capsys.readouterr().out
   assert 'qat       2 runs: w4a4, 2 seed(s) each, recipe aqt, 4 steps' in out
-  assert (
-    'note: w4a4 is trained with patch_embed w8a8 (quant.rules), which the row '
-    'w4a4 of PTQ does not have\n'
-  ) in out
+  assert 'rules: 1 of quant.rules in every row; fp32 stay float\n' in out
   assert 'qat 1/2 w4a4 seed 0: done before, top1 ' in out
   assert 'qat 2/2 w4a4 seed 1: done before, top1 ' in out
   assert read(measured)['curve'] == before['curve']
@@ -274,17 +271,24 @@ def test_the_config_asks_for_five_widths_and_three_seeds():
   assert (quant.recipe, quant.default, quant.attention) == ('lsq', 'w2a2', 'a2')
   assert runs[-1].config.train.trainable == ('params', 'quant')
   # The stem as in the rows of PTQ.
-  row = rows_lib.parse_row('w2a2')
-  sites = models.list_sites(runs[-1].config)
-  kernels = {f'{site.path}/kernel': np.zeros(1) for site in sites}
-  stream = models.stream(runs[-1].config)
-  there = ptq.plan_sites(row, sites, kernels, stream)
-  here = build_plan(quant, sites).by_path
-  for site in sites:
-    wanted, found = there[site.path], here[site.path]
-    assert (found.weights, found.acts) == (wanted.weights, wanted.acts)
-  assert str(here['patch_embed']) == 'w2a8'
-  assert not curve._differences(runs[-1])
+  config = runs[-1].config
+  there = plans.plan_row(rows_lib.parse_row('w2a2'), products(config))
+  here = build_plan(quant, models.list_sites(config))
+  assert here.by_path == there.by_path
+  assert str(here.by_path['patch_embed']) == 'w2a8'
+
+
+def test_rules_reach_the_runs_and_the_rows_of_the_curve():
+  config = curve_config('nowhere', qat_specs=('w3a3',))
+  config.quant.rules = (('head|fc1', 'w8a6'), ('block_00/attn/qk', 'a5'))
+  run = curve.plan(config, notes_of)[0].config
+  there = plans.plan_row(
+    rows_lib.parse_row('w3a3'), products(config, config.quant.rules)
+  )
+  here = build_plan(run.quant, models.list_sites(run))
+  assert here.by_path == there.by_path
+  assert str(here.by_path['head']) == 'w8a6'
+  assert str(here.by_path['patch_embed']) == 'w3a8'
 
 
 def write_run(place, seed, spec='w4a4', **fields):

@@ -20,7 +20,8 @@ FIELDS = (
     'ptq.rows', (
       'fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
       'int8_weight_only', 'int4_weight_only', 'int4_weight_only_g32',
-      'w8a8', 'w6a6', 'w4a8', 'w4a4', 'w4a4+plain', 'w3a3', 'w2a2+plain',
+      'w16a16', 'w12a12', 'w10a10', 'w8a8', 'w6a6', 'w4a8', 'w4a4',
+      'w4a4+plain', 'w3a3', 'w2a2+plain',
       'int8_clip_99.9', 'mixed_simple', 'mixed_variance',
       'mixed_sensitivity',
     ),

@@ -41,7 +41,8 @@ FIELDS = (
     'quant.rules', (), ANY,
     "((regex, spec), ...): the first regex found in a site's path wins over "
     "`default`, e.g. (('head', 'w8'),). Specs with a weight "
-    'part leave the attention products alone.',
+    'part leave the attention products alone. In modes ptq and sensitivity '
+    'they win over the bits of every row and choice.',
     of_method=True,
   ),
   Field(

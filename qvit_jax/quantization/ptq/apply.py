@@ -27,7 +27,7 @@ from qvit_jax.quantization.ptq import (
 )
 from qvit_jax.quantization.ptq.calibrate import SiteStats
 from qvit_jax.quantization.ptq.ranges import choose_range
-from qvit_jax.quantization.ptq.rows import STEM_ACTS, Row
+from qvit_jax.quantization.ptq.rows import Row
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
 
@@ -69,52 +69,6 @@ def transform(
   return params
 
 
-def plan_sites(
-  row: Row,
-  sites: Sequence[Site],
-  params: dict[str, np.ndarray],
-  stream: Stream | None,
-  chosen: Mapping[str, QuantSpec] | None = None,
-) -> dict[str, SitePlan]:
-  """Returns how each product of a quantized row runs.
-
-  Args:
-    row: What is asked for.
-    sites: All products of the model.
-    params: Float parameters; 'mixed_variance' looks at them.
-    stream: Says which layers `hadamard` can help; None as above.
-    chosen: Bits of each site, for 'mixed_sensitivity'.
-  """
-  spread = {
-    s.path: float(params[f'{s.path}/kernel'].var()) for s in sites if s.is_layer
-  }
-  middle = np.median(list(spread.values()))
-  plans = {}
-  for site in sites:
-    weights, acts = row.weights, row.acts if row.attention else None
-    if site.is_layer:
-      acts = row.acts
-    if row.mixed == 'mixed_simple':
-      weights = 4 if site.kind == 'dense' else None
-    elif row.mixed == 'mixed_variance':
-      weights = 4 if spread.get(site.path, np.inf) <= middle else None
-    elif row.mixed:
-      weights, acts = chosen[site.path].weights, chosen[site.path].acts
-    if acts and site.kind == 'conv':
-      acts = max(acts, STEM_ACTS)
-    block = 0
-    if 'hadamard' in row.solvers and acts and site.path in stream.hidden:
-      block = hadamard.hadamard_block(site.rhs_shape[0])
-    plans[site.path] = SitePlan(
-      weights if site.is_layer else None,
-      acts,
-      is_static=row.is_static and acts is not None,
-      block=block,
-      softmax=row.softmax if site.kind == 'av' and acts else 'uniform',
-    )
-  return plans
-
-
 def apply_row(
   row: Row,
   plans: dict[str, SitePlan],
@@ -128,7 +82,7 @@ def apply_row(
 
   Args:
     row: What to do.
-    plans: Of `plan_sites`; unused by float rows.
+    plans: Of `plans.plan_sites`; unused by float rows.
     params: Path to float32 array, transformed for the row.
     sites: All products of the model.
     stats: What calibration saw of these parameters; None where the row needs

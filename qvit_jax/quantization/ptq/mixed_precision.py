@@ -12,8 +12,7 @@ cost is the measured noise of the logits instead of a Hessian trace.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import scipy.optimize
@@ -21,8 +20,7 @@ import scipy.sparse
 
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Site
-from qvit_jax.quantization.ptq.rows import STEM_ACTS
-from qvit_jax.quantization.spec import FLOAT_BITS, QuantSpec, parse_spec
+from qvit_jax.quantization.spec import FLOAT_BITS, QuantPlan, QuantSpec
 
 _SCALE_BYTES = 4
 # Fields of `config.ptq` by the attribute of Option: (name, unit, its text).
@@ -52,38 +50,6 @@ class Option:
 Options = Mapping[str, Mapping[str, Option]]
 
 
-def parse_choices(texts: Sequence[Any]) -> dict[str, QuantSpec]:
-  """Returns the specs of `ptq.choices` by their text.
-
-  Raises:
-    QuantError: One is malformed, 'float' or given twice.
-  """
-  choices: dict[str, QuantSpec] = {}
-  for text in texts:
-    spec = parse_spec(text, field='ptq.choices')
-    if spec == QuantSpec():
-      raise QuantError(
-        f'ptq.choices holds {text!r}, which quantizes nothing; give specs '
-        "with bits such as 'w4a4' and 'w8a8'"
-      )
-    if str(spec) in choices:
-      raise QuantError(f'ptq.choices holds {text!r} twice; name each spec once')
-    choices[str(spec)] = spec
-  return choices
-
-
-def site_spec(site: Site, spec: QuantSpec) -> QuantSpec:
-  """Returns what a spec means at a site.
-
-  Attention products have no weights; the stem keeps 8 bits of its pixels.
-  """
-  if not site.is_layer:
-    return QuantSpec(None, spec.acts)
-  if spec.acts and site.kind == 'conv':
-    return QuantSpec(spec.weights, max(spec.acts, STEM_ACTS))
-  return spec
-
-
 def make_option(site: Site, spec: QuantSpec, cost: float) -> Option:
   """Returns cost, bytes and bit operations of a site at a spec."""
   acts = spec.acts or FLOAT_BITS
@@ -99,24 +65,21 @@ def make_option(site: Site, spec: QuantSpec, cost: float) -> Option:
 
 
 def make_options(
-  sites: Sequence[Site],
-  choices: Mapping[str, QuantSpec],
+  plans: Mapping[str, QuantPlan],
   costs: Mapping[str, Mapping[str, float]],
 ) -> dict[str, dict[str, Option]]:
   """Returns the options of every site.
 
   Args:
-    sites: All of the model.
-    choices: Of `parse_choices`.
+    plans: Of `plans.plan_choices`.
     costs: Path to choice to cost.
   """
-  return {
-    site.path: {
-      text: make_option(site, site_spec(site, spec), costs[site.path][text])
-      for text, spec in choices.items()
-    }
-    for site in sites
-  }
+  options: dict[str, dict[str, Option]] = {}
+  for text, plan in plans.items():
+    for site, spec in zip(plan.sites, plan.specs, strict=True):
+      option = make_option(site, spec, costs[site.path][text])
+      options.setdefault(site.path, {})[text] = option
+  return options
 
 
 def total(options: Options, chosen: Mapping[str, str], name: str) -> float:

@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.ops import Site, Stream
+from qvit_jax.quantization.spec import QuantSpec
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-STEM_ACTS = 8  # bits at least: pixels do not survive fewer
 # A row applies its solvers in this order. The first change the float model but
 # not its function, then kernels are rounded, then what stays float is fitted.
 TRANSFORMS = ('rotate', 'smooth_quant', 'reparametrize')
@@ -31,13 +32,12 @@ class Row:
   Attributes:
     name: As asked for.
     dtype: Of a float row's arrays, and of what a quantized row leaves in float.
-    weights: Bits of the kernels; None: float, or chosen for each site.
-    acts: Bits of the activations; None: float, or chosen for each site.
+    default: Bits of layers where no rule says otherwise.
+    attention: Bits of attention products where no rule says otherwise.
     is_static: Whether activation scales are calibrated; else dynamic.
     clip: Percent of the activations that static scales cover; None: the range
       of `ptq.range`.
     group: Input channels that share a weight scale; 0: all.
-    attention: Whether attention products are quantized too.
     mixed: One of MIXED where bits differ from site to site, else ''.
     is_plain: Whether weight scales just cover the largest weight; else they are
       searched for the least squared error.
@@ -46,12 +46,11 @@ class Row:
 
   name: str
   dtype: str = 'float32'
-  weights: int | None = None
-  acts: int | None = None
+  default: QuantSpec = QuantSpec()
+  attention: QuantSpec = QuantSpec()
   is_static: bool = False
   clip: float | None = None
   group: int = 0
-  attention: bool = False
   mixed: str = ''
   is_plain: bool = False
   solvers: tuple[str, ...] = ()
@@ -59,7 +58,7 @@ class Row:
   @property
   def is_float(self) -> bool:
     """Whether nothing is quantized."""
-    return self.weights is None and self.acts is None and not self.mixed
+    return self.default == QuantSpec() and not self.mixed
 
   @property
   def transforms(self) -> tuple[str, ...]:
@@ -85,9 +84,8 @@ class Row:
         return solver.removesuffix('_softmax')
     return 'uniform'
 
-  @property
-  def method(self) -> str:
-    """One phrase for the report."""
+  def method(self, notes: Sequence[str] = ()) -> str:
+    """Returns one phrase for the report; `notes` are what rules change."""
     if self.is_float:
       return self.dtype
     if self.mixed == 'mixed_simple':
@@ -96,7 +94,7 @@ class Row:
       parts = ['kernels of low variance 4 bit, the rest bfloat16']
     elif self.mixed:
       parts = ['bits by sensitivity under a budget', 'dynamic per token']
-    elif self.acts:
+    elif self.default.acts:
       parts = ['static' if self.is_static else 'dynamic per token']
     else:
       parts = ['weights only']
@@ -104,8 +102,7 @@ class Row:
       parts.append(f'clipped to {self.clip:g} % of the values')
     if self.group:
       parts.append(f'groups of {self.group}')
-    if self.acts and self.acts < STEM_ACTS:
-      parts.append(f'stem activations {STEM_ACTS} bit')
+    parts += notes
     parts += ['plain min-max'] if self.is_plain else self.solvers
     return ', '.join(parts)
 
@@ -139,7 +136,8 @@ def parse_row(text: str) -> Row:
 
 def _check_solvers(row: Row, asked: set[str], text: str) -> None:
   """Refuses solvers that would do nothing in this row."""
-  acts = row.acts or row.mixed == 'mixed_sensitivity'
+  acts = row.default.acts or row.mixed == 'mixed_sensitivity'
+  products = row.attention.acts or row.mixed == 'mixed_sensitivity'
   for wrong, why in (
     (row.is_float, 'is in float, which solvers do not change; leave '
                    f'{"+".join(sorted(asked))} out'),
@@ -149,7 +147,7 @@ def _check_solvers(row: Row, asked: set[str], text: str) -> None:
     (set(ROUNDINGS) <= asked, 'rounds kernels twice; leave gptq or adaround '
                               'out'),
     (set(SOFTMAX) <= asked, 'has two kinds of softmax codes; leave one out'),
-    (asked & set(SOFTMAX) and not row.attention,
+    (asked & set(SOFTMAX) and not products,
      'leaves attention products in float; leave the softmax codes out'),
     (not acts and asked & {'smooth_quant', 'reparametrize', 'hadamard'},
      'leaves activations in float, which smooth_quant, reparametrize and '
@@ -159,6 +157,12 @@ def _check_solvers(row: Row, asked: set[str], text: str) -> None:
       raise ConfigError(f'ptq.rows: {text!r} {why}')
 
 
+def _uniform(name: str, weights: int, acts: int, **more: Any) -> Row:
+  """Returns a row that has the same bits at every product."""
+  return Row(name, default=QuantSpec(weights, acts),
+             attention=QuantSpec(None, acts), **more)  # fmt: skip
+
+
 def _solvers(weights: int, acts: int) -> tuple[str, ...]:
   """Returns the best composition measured for the bits; docs/results.md."""
   if min(weights, acts) >= 8:
@@ -166,32 +170,36 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
   return ('rotate', 'hadamard', 'gptq') if acts <= 5 else ('rotate', 'gptq')
 
 
+def _weights_only(name: str, bits: int, **more: Any) -> Row:
+  return Row(name, default=QuantSpec(bits), **more)
+
+
 def _named_rows() -> dict[str, Row]:
   rows = {name: Row(name, dtype=dtype) for name, dtype in _FLOAT.items()}
-  static = {'is_static': True, 'attention': True}
   rows |= {
-    'int8_dynamic': Row('int8_dynamic', weights=8, acts=8, attention=True),
-    'int8_static': Row('int8_static', weights=8, acts=8, **static),
-    'int8_weight_only': Row('int8_weight_only', weights=8),
-    'int4_weight_only': Row('int4_weight_only', weights=4, solvers=('gptq',)),
+    'int8_dynamic': _uniform('int8_dynamic', 8, 8),
+    'int8_static': _uniform('int8_static', 8, 8, is_static=True),
+    'int8_weight_only': _weights_only('int8_weight_only', 8),
+    'int4_weight_only': _weights_only(
+      'int4_weight_only', 4, solvers=('gptq',)
+    ),
   }
   for group in (32, 64, 128):
     name = f'int4_weight_only_g{group}'
-    rows[name] = Row(name, weights=4, group=group, solvers=('gptq',))
+    rows[name] = _weights_only(name, 4, group=group, solvers=('gptq',))
   for name in MIXED:
     solvers = ('rotate', 'gptq') if name == 'mixed_sensitivity' else ('gptq',)
     rows[name] = Row(
       name,
       dtype='float32' if name == 'mixed_sensitivity' else 'bfloat16',
-      attention=name == 'mixed_sensitivity',
       mixed=name,
       solvers=solvers,
     )
   for bits in (8, 4):
     for clip in _CLIPS:
       name = f'int{bits}_clip_{clip}'
-      rows[name] = Row(
-        name, weights=bits, acts=bits, clip=float(clip), **static
+      rows[name] = _uniform(
+        name, bits, bits, clip=float(clip), is_static=True
       )
   return rows
 
@@ -206,13 +214,7 @@ def _base(base: str, text: str) -> Row:
   if found:
     weights, acts = map(int, found.groups())
     if weights in UNIFORM_BITS and acts in UNIFORM_BITS:
-      return Row(
-        base,
-        weights=weights,
-        acts=acts,
-        attention=True,
-        solvers=_solvers(weights, acts),
-      )
+      return _uniform(base, weights, acts, solvers=_solvers(weights, acts))
     raise ConfigError(
       f'ptq.rows: {text!r} asks for bits outside '
       f'{", ".join(map(str, UNIFORM_BITS))}; choose among them'

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from qvit_jax import tree
 from qvit_jax.ops import Site, dot_general
 from qvit_jax.quantization import numerics
-from qvit_jax.quantization.ptq.rows import STEM_ACTS
 
 
 def switches(sites: Iterable[Site], on: str | None) -> dict[str, Any]:
@@ -50,8 +49,7 @@ class SwitchCore:
   `ops.Core`.
 
   Attributes:
-    bits: Of activations that are rounded; the stem keeps at least 8. None:
-      switches change nothing.
+    bits: Of activations that are rounded. None: switches change nothing.
   """
 
   bits: int | None
@@ -62,15 +60,13 @@ class SwitchCore:
     rhs = rhs.astype(lhs.dtype)
     if self.bits is None:
       return dot_general(lhs, rhs, dims)
-    stem = site.kind == 'conv'
-    bits = max(self.bits, STEM_ACTS) if stem else self.bits
     on = module.variable('switch', 'on', lambda: jnp.asarray(False)).value
     (left, right), _ = dims
 
     def rounded(x, axes):
       # A branch, not a select: sites that are off cost nothing.
       return jax.lax.cond(
-        on, lambda x: _fake_quantize(x, bits, axes), lambda x: x, x
+        on, lambda x: _fake_quantize(x, self.bits, axes), lambda x: x, x
       )
 
     lhs = rounded(lhs, left)
