@@ -28,8 +28,9 @@ def curve_config(start, **fields):
   config.train.steps, config.eval.every = 4, 2
   config.ptq.update(
       rows=('fp32', 'w4a4+plain'), calibration_examples=16, rounds=2,
-      latency_batch=4, qat_specs=('w4a4',), qat_recipe='aqt', qat_seeds=2,
+      latency_batch=4, qat_specs=('w4a4',), qat_seeds=2,
   )  # fmt: skip
+  config.quant.recipe = fields.pop('recipe', 'aqt')
   config.ptq.update(fields)
   return config
 
@@ -196,8 +197,8 @@ def test_trainings_are_kept_apart():
     ({'qat_specs': ('int4',)}, "ptq.qat_specs='int4' is no spec"),
     ({'qat_specs': ('w1a4',)}, '1 bits; allowed are 2 to 8'),
     ({'qat_specs': ('w4a4', 'w4a4')}, 'names w4a4 twice'),
-    ({'qat_recipe': 'none'}, "ptq.qat_recipe='none' is not allowed"),
-    ({'qat_recipe': 'ptq'}, "ptq.qat_recipe='ptq' is not allowed"),
+    ({'recipe': 'none'}, "quant.recipe='none' trains no bits; set"),
+    ({'recipe': 'ptq'}, "quant.recipe='ptq' stands for a packed model"),
     ({'qat_seeds': 0}, 'ptq.qat_seeds=0 is not allowed; allowed: a number >='),
   ],
 )  # fmt: skip
@@ -234,11 +235,11 @@ def test_training_fields_count_where_the_table_trains():
     '--config.quant.default has no effect in --mode=ptq',
     '--config.export.layout has no effect in --mode=ptq',
   ]
-  with pytest.raises(ConfigError, match='no step is learned'):
-    validate('quant.act_granularity')  # the recipe is aqt
+  with pytest.raises(ConfigError, match="quant.recipe='aqt' does not read it"):
+    validate('quant.zero_point')
   config.quant.recipe = 'lsq'
-  assert validate('quant.act_granularity') == []
-  config.ptq.qat_specs = ()
+  assert validate('quant.zero_point') == []
+  config.ptq.update(qat_specs=(), qat_seeds=1)
   assert len(validate('optim.lr', 'log.every')) == 2
   with pytest.raises(ConfigError, match=r'ptq\.qat_specs is empty'):
     validate('ptq.qat_seeds')
@@ -325,7 +326,7 @@ def test_only_runs_of_one_start_are_seeds_of_one_training(tmp_path):
 
 
 def test_the_range_counts_where_steps_start_from_calibration():
-  config = curve_config('nowhere', qat_recipe='lsq', range='minmax')
+  config = curve_config('nowhere', recipe='lsq', range='minmax')
   settings = lambda: curve._settings(config_lib.to_json(config))
   assert 'ptq.range' not in settings()
   config.quant.calibration_path = 'somewhere'
