@@ -9,6 +9,7 @@ import numpy as np
 
 from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.ops import Site, Stream
+from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq.calibrate import SiteStats
 from qvit_jax.quantization.ptq.plans import plan_sites
@@ -133,7 +134,9 @@ def qat_row(
   num_classes = config.model.num_classes
   try:
     found = runs.finished(path).row
-    if found['method'] == 'none' or len(found['confusion']) != num_classes:
+    method = METHODS[found['method']]
+    is_float = not (method.quantizes or method.is_packed)
+    if is_float or len(found['confusion']) != num_classes:
       raise ValueError(path)
   except (CheckpointError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(

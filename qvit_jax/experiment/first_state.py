@@ -111,7 +111,7 @@ def _start_from_packed(
   model = experiment.model
   facts = models.architecture(experiment.config)
   packed = runs.open_run(path).read_packed(model.plan.sites, facts)
-  found, lines = unpack(packed, model.plan, model.ops)
+  found, lines = unpack(model.method, packed, model.plan, model.ops)
   shapes = tree.flatten(model.shapes)
   found = {
     name: jnp.asarray(x, jnp.float32).reshape(shapes[name].shape)

@@ -40,7 +40,9 @@ def write_packed(
   checks.check_same(model, run, same_plan=True)
   variables = run.read_evaluated(runs.own_device())
   say(f'start     {run.place}')
-  packed = pack(variables, model.plan, model.ops, config.model.dtype)
+  packed = pack(
+    model.method, variables, model.plan, model.ops, config.model.dtype
+  )
   target, facts = place / 'export' / NAME, models.architecture(config)
   size = artifacts.save(
     packed, target, facts, class_names=run.class_names, config=run.config

@@ -11,7 +11,7 @@ from qvit_jax import models, modes, tree
 from qvit_jax.errors import QuantError
 from qvit_jax.experiment import first_state
 from qvit_jax.experiment.experiment import Experiment
-from qvit_jax.quantization import build_ops, build_plan, numerics
+from qvit_jax.quantization import METHODS, build_ops, build_plan, numerics
 from qvit_jax.quantization.hadamard import turn_blocks
 from qvit_jax.quantization.methods import lsq
 from qvit_jax.quantization.methods.packing import unpack
@@ -22,8 +22,8 @@ from tests.conftest import make_digits_config
 from tests.small_models import normal, pack, random_params, rich_config
 
 DYNAMIC = {
-  'recipe': 'lsq', 'default': 'w4a4', 'attention': 'a4', 'steps': 'per_token',
-  'rules': (('patch_embed', 'w4a8'),),
+  'recipe': 'lsq', 'default': 'w4a4', 'attention': 'a4',
+  'act_granularity': 'per_token', 'rules': (('patch_embed', 'w4a8'),),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_training_goes_on_with_the_codes_of_a_packed_model(row):
   images = normal((8, 8, 8, 3))
   known = models.build_model(config, packed.ops)
   wanted = np.asarray(jax.jit(known.apply)(packed.variables, images))
-  flat, (line,) = unpack(packed, plan, ops)
+  flat, (line,) = unpack(METHODS['lsq'], packed, plan, ops)
   module = models.build_model(config, ops)
   shapes = tree.flatten(
     jax.eval_shape(module.init, jax.random.key(0), images[:1])
@@ -99,7 +99,9 @@ def test_a_turned_kernel_comes_back_as_it_was():
   config.quant.update(**DYNAMIC)  # which does not turn
   plan, ops = built(config)
   params = random_params(config)
-  flat, (line,) = unpack(pack(config, 'w8a4+hadamard', params), plan, ops)
+  flat, (line,) = unpack(
+    METHODS['lsq'], pack(config, 'w8a4+hadamard', params), plan, ops
+  )
   for site in plan.sites:
     if site.is_layer:
       name = f'{site.path}/kernel'

@@ -13,7 +13,13 @@ from qvit_jax.experiment import checks
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.ops import Site
-from qvit_jax.quantization import QuantPlan, QuantSpec, build_ops, build_plan
+from qvit_jax.quantization import (
+  METHODS,
+  QuantPlan,
+  QuantSpec,
+  build_ops,
+  build_plan,
+)
 from qvit_jax.quantization.methods import lsq, qvit
 from qvit_jax.quantization.methods.learned_core import LearnedCore, shared_axes
 from qvit_jax.quantization.methods.packing import pack
@@ -289,6 +295,9 @@ def test_the_layernorm_form_normalises_each_token():
 # In a model
 
 
+PER_POSITION = {'act_granularity': 'per_position'}
+
+
 def learned_config(recipe, **quant):
   config = rich_config()
   config.quant.update(recipe=recipe, default='w4a4', attention='a4')
@@ -330,7 +339,7 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
   ('recipe', 'quant', 'dtype'),
   [
     ('lsq', {}, 'float32'),
-    ('lsq', {'zero_point': False, 'steps': 'per_position'}, 'float32'),
+    ('lsq', {'zero_point': False} | PER_POSITION, 'float32'),
     pytest.param(
       'lsq',
       {'default': 'w8a8', 'attention': 'a8'},
@@ -340,24 +349,30 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
     ('lsq', {'default': 'w4', 'attention': 'float'}, 'bfloat16'),
     pytest.param(
       'lsq',
-      {'default': 'a4', 'steps': 'per_position'},
+      {'default': 'a4', 'act_granularity': 'per_position'},
       'bfloat16',
       marks=pytest.mark.slow,
     ),
     pytest.param(
-      'lsq', {'steps': 'per_token'}, 'bfloat16', marks=pytest.mark.slow
+      'lsq',
+      {'act_granularity': 'per_token'},
+      'bfloat16',
+      marks=pytest.mark.slow,
     ),
-    ('lsq', {'steps': 'per_token', 'hadamard': True}, 'bfloat16'),
+    ('lsq', {'act_granularity': 'per_token', 'hadamard': True}, 'bfloat16'),
     pytest.param(
       'lsq',
-      {'steps': 'per_position', 'hadamard': True},
+      {'act_granularity': 'per_position', 'hadamard': True},
       'float32',
       marks=pytest.mark.slow,
     ),
     pytest.param(
-      'statsq', {'steps': 'per_head'}, 'float32', marks=pytest.mark.slow
+      'statsq',
+      {'act_granularity': 'per_head'},
+      'float32',
+      marks=pytest.mark.slow,
     ),
-    ('statsq', {'steps': 'per_token', 'hadamard': True}, 'float32'),
+    ('statsq', {'act_granularity': 'per_token', 'hadamard': True}, 'float32'),
     ('qvit', {}, 'bfloat16'),
     pytest.param(
       'qvit',
@@ -373,7 +388,7 @@ def test_a_packed_model_has_the_codes_of_its_training(recipe, quant, dtype):
   images = 2 * normal((8, 8, 8, 3))
   module, plan, ops, variables = fitted(config, images)
   wanted = np.asarray(jax.jit(module.apply)(variables, images))
-  packed = pack(tree.flatten(variables), plan, ops, dtype)
+  packed = pack(METHODS[recipe], tree.flatten(variables), plan, ops, dtype)
   again = models.build_model(config, packed.ops)
   found = np.asarray(jax.jit(again.apply)(packed.variables, images))
   np.testing.assert_array_equal(found, wanted)
@@ -590,11 +605,10 @@ def test_turned_inputs_are_told_from_others(tmp_path):
 @pytest.mark.parametrize(
   ('recipe', 'field', 'value', 'message'),
   [
-    ('aqt', 'quant.act_granularity', 'per_head', 'no step is learned'),
-    ('aqt', 'optim.quant_lr', 1e-3, 'no step is learned'),
-    ('qvit', 'quant.zero_point', False, 'qvit always has zero points'),
-    ('lsq', 'quant.irm', 'layernorm', 'only qvit rectifies'),
-    ('lsq', 'quant.act_granularity', 'per_tensor', 'only aqt'),
+    ('aqt', 'quant.act_granularity', 'per_head', 'is not what quant.recipe='),
+    ('aqt', 'optim.quant_lr', 1e-3, "'aqt' does not read it"),
+    ('qvit', 'quant.zero_point', False, "'qvit' does not read it"),
+    ('lsq', 'quant.irm', 'layernorm', "'lsq' does not read it"),
   ],
 )
 def test_fields_of_other_recipes_are_refused(recipe, field, value, message):

@@ -19,6 +19,7 @@ from qvit_jax.errors import (
 from qvit_jax.experiment import ptq_table
 from qvit_jax.ops import Site
 from qvit_jax.quantization import (
+  METHODS,
   QTensor,
   QuantPlan,
   QuantSpec,
@@ -27,7 +28,7 @@ from qvit_jax.quantization import (
   numerics,
 )
 from qvit_jax.quantization.methods import aqt as aqt_core
-from qvit_jax.quantization.methods.packing import pack, pack_kernels
+from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.store import artifacts, tensors
 from tests import reference
 from tests.small_models import normal, rich_config
@@ -68,7 +69,8 @@ def pack_trained(config, params):
   plan = plan_of(config)
   variables = {f'params/{name}': x for name, x in params.items()}
   ops = build_ops(config.quant, plan)
-  return pack(variables, plan, ops, config.model.dtype)
+  method = METHODS[config.quant.recipe]
+  return pack(method, variables, plan, ops, config.model.dtype)
 
 
 def aqts_own(x, w, bits):
@@ -103,7 +105,7 @@ def test_codes_are_aqts_bit_for_bit(bits, dtype):
     np.testing.assert_array_equal(found, wanted)
   site = Site('a', 'dense', (30, 96), (96, 200), 1)
   plan = QuantPlan((site,), (QuantSpec(bits, bits),), 'per_token')
-  _, kernels = pack_kernels({'a/kernel': w}, plan, dtype)
+  _, kernels = aqt_core.pack_kernels({'a/kernel': w}, plan, dtype)
   np.testing.assert_array_equal(kernels['a/kernel'].codes, w_codes)
   # JAX returns bf16 scales; the products see them before that rounding.
   np.testing.assert_array_equal(
@@ -171,7 +173,8 @@ def test_a_packed_vit_l_is_small(spec, least):
     models.build_model(config).init, jax.random.key(0), images
   )['params']
   packed = jax.eval_shape(
-    lambda params: pack_kernels(params, plan, 'bfloat16'), tree.flatten(params)
+    lambda params: aqt_core.pack_kernels(params, plan, 'bfloat16'),
+    tree.flatten(params),
   )
   full = tree.num_bytes(params)
   assert full == 4 * 303_404_132

@@ -141,7 +141,7 @@ class AqtCore:
     return aqt(lhs, rhs, dims).astype(jnp.float32)
 
   def pack(self, params, learned, dtype):
-    """See `packing.Packs`."""
+    """See `method.Pack`."""
     del learned  # there is nothing besides parameters
     rest, kernels = pack_kernels(params, self.plan, dtype)
     return rest, kernels, _site_plans(self.plan)
@@ -197,5 +197,6 @@ METHOD = Method(
   lambda quant, plan, hidden: Ops(core=AqtCore(plan, quant.backward_bits)),
   reads=(*BITS, 'quant.backward_bits'),
   granularities=('per_token', 'per_tensor'),
+  pack=AqtCore.pack,
   note=_note,
 )

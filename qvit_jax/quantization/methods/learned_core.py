@@ -125,7 +125,7 @@ class LearnedCore:
     return coder, (step, jnp.zeros_like(step))
 
   def pack(self, params, learned, dtype):
-    """See `packing.Packs`."""
+    """See `method.Pack`."""
     rest, quant, plans = dict(params), {}, {}
     plan = self.plan
     for site, spec in zip(plan.sites, plan.specs, strict=True):
@@ -167,7 +167,7 @@ class LearnedCore:
     return rest, quant, plans
 
   def takes_step(self, site: Site, kernel: QTensor, block: int) -> bool:
-    """See `packing.TakesSteps`."""
+    """See `Method.takes_step`."""
     if self.kernels != 'step':
       return False
     here = self.plan.by_path[site.path].weights, 1, False, self.block(site)
@@ -236,6 +236,8 @@ LEARNED = Method(
   granularities=STEPS,
   collections=('params', 'quant'),
   learns_steps=True,
+  pack=LearnedCore.pack,
+  takes_step=LearnedCore.takes_step,
   note=note,
 )
 _LSQ_READS = (*LEARNED.reads, 'quant.zero_point', 'quant.hadamard')

@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qvit_jax.ops import Ops
+from jaxtyping import Array
+
+from qvit_jax.ops import Core, Ops, Site
+from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan
 
 # Fields of a config that every method reads which rounds.
@@ -12,6 +16,15 @@ BITS = (
   'quant.default', 'quant.attention', 'quant.rules', 'quant.act_granularity',
   'model.dtype',
 )  # fmt: skip
+
+
+Arrays = dict[str, Array]
+# (core, parameters by path, the collection `quant` by path, compute dtype of
+# the training) -> (other parameters, packed `quant`, how each site runs).
+Pack = Callable[
+  [Core, Arrays, Arrays, str],
+  tuple[dict[str, Any], dict[str, Any], dict[str, SitePlan]],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,10 @@ class Method:
     freezes: Whether kernels that are far from a boundary can be held.
     same: Fields of `config.quant` on which two runs must agree to exchange what
       was learned besides parameters.
+    pack: How the codes of a training are packed; None: it has none.
+    takes_step: (arithmetic of products, site, packed kernel, channels turned
+      together) -> whether training rounds the kernel as it was packed, so that
+      it goes on from the kernel's scale.
     note: (config.quant, arithmetic, plan) -> what the header of a run adds.
   """
 
@@ -45,6 +62,10 @@ class Method:
   dampens: bool = False
   freezes: bool = False
   same: tuple[str, ...] = ('recipe',)
+  pack: Pack | None = None
+  takes_step: Callable[[Core, Site, QTensor, int], bool] = (
+    lambda core, site, kernel, block: False
+  )
   note: Callable[[Any, Ops, QuantPlan], str] = lambda quant, ops, plan: ''
 
 

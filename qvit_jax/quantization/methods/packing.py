@@ -6,73 +6,51 @@ calibrated anew.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from qvit_jax import tree
 from qvit_jax.errors import QuantError
-from qvit_jax.ops import Ops, Site
+from qvit_jax.ops import Ops
 from qvit_jax.quantization import qtensor
 from qvit_jax.quantization.hadamard import turn_blocks
-from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.methods.method import Method
 from qvit_jax.quantization.packed import Packed, assemble
 from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan
 
 
-@runtime_checkable
-class Packs(Protocol):
-  """A core whose trained codes can be packed."""
-
-  def pack(
-    self, params: dict[str, Array], learned: dict[str, Array], dtype: str
-  ) -> tuple[dict[str, Any], dict[str, Any], dict[str, SitePlan]]:
-    """Returns (other parameters, collection `quant`, how each site runs).
-
-    Args:
-      params: Parameters by path.
-      learned: The collection `quant` by path.
-      dtype: Compute dtype of the training.
-    """
-
-
-@runtime_checkable
-class TakesSteps(Protocol):
-  """A core that can go on from the steps of packed kernels."""
-
-  def takes_step(self, site: Site, kernel: QTensor, block: int) -> bool:
-    """Returns whether training rounds a kernel as it was packed.
-
-    Args:
-      site: Whose kernel.
-      kernel: Its codes and scales.
-      block: Channels that were turned together before it was rounded.
-    """
-
-
 def pack(
-  variables: Mapping[str, Any], plan: QuantPlan, ops: Ops, dtype: str
+  method: Method,
+  variables: Mapping[str, Any],
+  plan: QuantPlan,
+  ops: Ops,
+  dtype: str,
 ) -> Packed:
   """Returns the integer model of what training evaluates.
 
   Args:
+    method: Of the training.
     variables: 'params/...' and 'quant/...' to array.
     plan: Bits of every site.
     ops: Arithmetic of the training.
     dtype: Compute dtype of the training.
 
   Raises:
-    QuantError: The arithmetic has no codes.
+    QuantError: The method has no codes.
   """
-  if not isinstance(ops.core, Packs):
+  if method.pack is None:
     raise QuantError(
       'the model has no codes to pack; train it with a quant.recipe, or pack a '
       'float model with --mode=ptq'
     )
-  rest, quant, plans = ops.core.pack(
-    _collection(variables, 'params'), _collection(variables, 'quant'), dtype
+  rest, quant, plans = method.pack(
+    ops.core,
+    _collection(variables, 'params'),
+    _collection(variables, 'quant'),
+    dtype,
   )
   return assemble(
     rest, quant, plans, plan.sites, dtype, plan.act_granularity,
@@ -90,7 +68,7 @@ def _collection(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def unpack(
-  packed: Packed, plan: QuantPlan, ops: Ops
+  method: Method, packed: Packed, plan: QuantPlan, ops: Ops
 ) -> tuple[dict[str, Array], list[str]]:
   """Returns what training goes on from: variables by path, and lines about it.
 
@@ -98,14 +76,14 @@ def unpack(
   over where training rounds the same kernel, turned alike, to as many bits.
 
   Args:
+    method: Of the training.
     packed: A model of the same sites.
     plan: Bits of the training.
     ops: Arithmetic of the training.
   """
   flat = tree.flatten(packed.variables['params'])
   found = {f'params/{name}': x for name, x in flat.items()}
-  core, kernels, kept = ops.core, 0, 0
-  learns = isinstance(core, TakesSteps)
+  kernels, kept = 0, 0
   for site in plan.sites:
     if not site.is_layer:
       continue
@@ -119,7 +97,7 @@ def unpack(
     if isinstance(kernel, QTensor):
       w = qtensor.dequantize(kernel)
       kernels += 1
-      if learns and core.takes_step(site, kernel, block):
+      if method.takes_step(ops.core, site, kernel, block):
         found[f'quant/{site.path}/kernel_step'] = kernel.scale[0]
         kept += 1
     w = w.astype(jnp.float32)
