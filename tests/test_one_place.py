@@ -1,4 +1,4 @@
-"""A mode is one file and one line, a field is one row."""
+"""A mode, method or solver is a file and a line; a field or row is a line."""
 
 import pathlib
 import shutil
@@ -17,6 +17,35 @@ def hello(config, workdir):
   """Prints a greeting."""
   print('hello', config.log.person, 'in', workdir)
 '''
+METHOD = '''"""Method `loud`, which rounds nothing but says so."""
+
+from qvit_jax.ops import Ops
+from qvit_jax.quantization.methods.method import Method
+
+METHOD = Method(
+  lambda quant, plan, hidden: Ops(), granularities=('per_token',),
+  note=lambda quant, ops, plan: ', aloud',
+)
+'''
+SOLVER = '''"""Solver `halve`."""
+
+from qvit_jax.quantization.ptq.solver import Solver
+
+SOLVER = Solver(lambda params, stream, observe, seed: {'x': params['x'] / 2})
+'''
+LINES = {
+  'modes/__init__.py': ('_TABLE = (\n', MODE),
+  'config/sections/running.py': ('FIELDS = (\n', FIELD),
+  'quantization/methods/__init__.py': (
+    '_TABLE = {\n', "  'loud': 'loud:METHOD',\n"
+  ),
+  'quantization/ptq/solvers.py': (
+    'SOLVERS: dict[str, Solver] = {\n', "  'halve': _of('halve'),\n"
+  ),
+  'quantization/ptq/rows.py': (
+    '  rows |= {\n', "    'int7_dynamic': _uniform('int7_dynamic', 7, 7),\n"
+  ),
+}  # fmt: skip
 CALLS = """
 import main
 for argv in (
@@ -27,8 +56,17 @@ for argv in (
   ['--config=configs/vit_folder.py', '--mode=hello',
    '--config.log.person=-1'],
   ['--config=configs/vit_folder.py', '--mode=helo'],
+  ['--config=configs/vit_ti_digits_w4a4.py', '--mode=sites',
+   '--config.quant.recipe=loud'],
 ):
   print('exit code', main.main(['main.py', *argv]))
+
+import numpy as np
+from qvit_jax.quantization.ptq import apply, rows
+row = rows.parse_row('int7_dynamic+halve')
+print(row.method(), row.default, row.attention)
+observe = lambda done, params: {}
+print(apply.transform(row, {'x': np.float32(3)}, None, observe, seed=0))
 """
 
 
@@ -48,8 +86,10 @@ def output(tmp_path_factory):
     shutil.copytree(ROOT / name, copy / name, ignore=ignore)
   shutil.copy(ROOT / 'main.py', copy)
   (copy / 'qvit_jax/modes/hello.py').write_text(FILE)
-  add_line(copy / 'qvit_jax/modes/__init__.py', '_TABLE = (\n', MODE)
-  add_line(copy / 'qvit_jax/config/sections/running.py', 'FIELDS = (\n', FIELD)
+  (copy / 'qvit_jax/quantization/methods/loud.py').write_text(METHOD)
+  (copy / 'qvit_jax/quantization/ptq/halve.py').write_text(SOLVER)
+  for name, (before, line) in LINES.items():
+    add_line(copy / 'qvit_jax' / name, before, line)
   done = subprocess.run(
     [sys.executable, '-c', CALLS],
     cwd=copy,
@@ -67,7 +107,14 @@ def test_a_mode_and_a_field_are_one_line_each(output):
   assert '  log.person = 3\n    Who is greeted; >= 0.\n' in said
   assert 'hello 5 in here\n' in said
   codes = [line for line in said.splitlines() if 'exit code' in line]
-  assert codes == [f'exit code {code}' for code in (0, 0, 0, 2, 2)]
+  assert codes == [f'exit code {code}' for code in (0, 0, 0, 2, 2, 0)]
+
+
+def test_a_method_a_solver_and_a_row_are_one_line_each(output):
+  said = output.stdout
+  assert '(recipe loud, activations per_token, aloud)' in said
+  assert 'dynamic per token, halve w7a7 a7\n' in said
+  assert "{'x': np.float32(1.5)}" in said
 
 
 def test_their_mistakes_are_one_line(output):

@@ -94,6 +94,11 @@ class Sensitivity:
 
   def run(self) -> dict[str, Any]:
     """Measures what the file does not hold yet; returns the whole table."""
+    if rules := self.config.quant.rules:
+      self.say(
+        f'rules: {len(rules)} of quant.rules; sites that they match have the '
+        'bits of the rule at every choice'
+      )
     table = self._open()
     done = {row['path'] for row in table['sites']}
     if done:

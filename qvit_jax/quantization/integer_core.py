@@ -21,7 +21,7 @@ from qvit_jax.quantization import numerics
 from qvit_jax.quantization.aqt_product import aqt_product
 from qvit_jax.quantization.hadamard import turn_blocks
 from qvit_jax.quantization.qtensor import QTensor, dequantize
-from qvit_jax.quantization.softmax_codes import log2_levels, twin_levels
+from qvit_jax.quantization.softmax_codes import LEVELS
 
 # Codes of more bits are rounded, but travel and multiply as float32.
 MAX_PACKED_BITS = 8
@@ -224,7 +224,7 @@ class IntegerCore:
       return dot_general(lhs, rhs, dims)
     ((left,), (right,)), _ = dims
     if plan.softmax != 'uniform':
-      levels = {'log2': log2_levels, 'twin': twin_levels}[plan.softmax]
+      levels = LEVELS[plan.softmax]
       a, a_scale = levels(lhs.astype(jnp.float32), plan.acts, left), None
     else:
       a, a_scale = _centered(

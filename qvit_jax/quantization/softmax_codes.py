@@ -67,3 +67,7 @@ def twin_levels(
     chosen = jnp.where(error < best, near, chosen)
     best = jnp.minimum(error, best)
   return chosen
+
+
+# Codes of attention weights by name, beside even steps.
+LEVELS = {'log2': log2_levels, 'twin': twin_levels}

@@ -11,7 +11,8 @@ import safetensors.numpy
 
 from configs import common, vit_cifar100_finetune
 from qvit_jax import models, modes, tree
-from qvit_jax.errors import ConfigError, QuantError
+from qvit_jax.errors import ConfigError, QuantError, RuleError
+from qvit_jax.experiment import findings, ptq_table
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import (
   dequantize,
@@ -434,7 +435,33 @@ def test_the_table_of_a_run(trained, tmp_path, capsys):
   assert read(tmp_path)['rows'] == result['rows']
 
 
-def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
+def counted(monkeypatch, owner, name):
+  """Returns a list that grows with every call of a function."""
+  calls, known = [], getattr(owner, name)
+
+  def call(*given, **more):
+    calls.append(name)
+    return known(*given, **more)
+
+  monkeypatch.setattr(owner, name, call)
+  return calls
+
+
+def test_a_rule_without_effect_stops_the_table_before_it_begins(
+  trained, tmp_path
+):
+  config = ptq_config(trained, 'w4a4+plain')
+  config.quant.rules = (('haed', 'w8a8'),)
+  with pytest.raises(RuleError, match="quant.rules.*'haed' matches nothing"):
+    modes.run('ptq', config, str(tmp_path))
+  assert not (tmp_path / 'calibration').exists()
+
+
+def test_the_report_shows_a_collapse_and_its_suspects(
+  trained, tmp_path, monkeypatch, capsys
+):
+  drawn = counted(monkeypatch, findings, 'histograms')
+  passes = counted(monkeypatch, ptq_table.Table, '_eval_batches')
   config = ptq_config(trained, 'int8_static', 'int8_clip_95', 'w2a2+plain',
                       'mixed_simple', 'mixed_sensitivity')  # fmt: skip
   run = read(trained)
@@ -444,6 +471,10 @@ def test_the_report_shows_a_collapse_and_its_suspects(trained, tmp_path):
   config.ptq.qat_runs = (str(tmp_path / 'qat'),)
   config.ptq.sensitivity_examples = 16
   modes.run('ptq', config, str(tmp_path))
+  assert len(drawn) == 1  # not again at every row
+  assert len(passes) == 5 + 2  # each row once, float and bfloat16 beside them
+  out = capsys.readouterr().out
+  assert 'rule: ^patch_embed$ a8 (first layer), in rows of fewer bits' in out
   result = read(tmp_path)
   found = {row['name']: row for row in result['rows']}
   fallen = found['w2a2+plain']

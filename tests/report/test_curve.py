@@ -127,6 +127,12 @@ def test_the_page_shows_means_and_seeds(measured):
   result = read(measured)
   tops = [100 * p['top1_last'] for p in result['curve']]
   (plain,) = (r for r in result['rows'] if r['name'] == 'w4a4+plain')
+  # The rule of the page reached the row: the stem has 8 bits, so that the mean
+  # is above 4, as in the runs.
+  runs = result['curve'][0]
+  assert plain['weight_bits'] == runs['weight_bits'] > 4
+  assert plain['act_bits'] == runs['act_bits']
+  assert plain['method'] == 'dynamic per token, quant.rules, plain min-max'
   error = abs(tops[0] - tops[1]) / 2  # of two values
   lines = {line[0]: line for line in curves.table(result)}
   assert lines['fp32'][1] == f'{100 * result["baseline"]["top1"]:.2f}'

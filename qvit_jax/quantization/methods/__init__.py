@@ -1,20 +1,29 @@
 """The quantization methods by name: what `quant.recipe` may be."""
 
+import importlib
 from collections.abc import Sequence
 
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import spec
-from qvit_jax.quantization.methods import aqt, learned_core, method, qvit
 from qvit_jax.quantization.methods.method import Method
 
-METHODS: dict[str, Method] = {
-  'none': method.NONE,
-  'aqt': aqt.METHOD,
-  'lsq': learned_core.LSQ,
-  'statsq': learned_core.STATSQ,
-  'qvit': qvit.METHOD,
-  'ptq': method.PACKED,
+# What `quant.recipe` says: 'file:record' in this folder.
+_TABLE = {
+  'none': 'method:NONE',
+  'aqt': 'aqt:METHOD',
+  'lsq': 'learned_core:LSQ',
+  'statsq': 'learned_core:STATSQ',
+  'qvit': 'qvit:METHOD',
+  'ptq': 'method:PACKED',
 }
+
+
+def _record(place: str) -> Method:
+  file, _, name = place.partition(':')
+  return getattr(importlib.import_module(f'{__name__}.{file}'), name)
+
+
+METHODS: dict[str, Method] = {n: _record(p) for n, p in _TABLE.items()}
 
 
 def build_plan(quant, sites: Sequence[Site]) -> spec.QuantPlan:

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from qvit_jax.quantization import numerics
+from qvit_jax.quantization.ptq.solver import Solver
 
 # The paper's stretched sigmoid.
 _LOW, _HIGH = -0.1, 1.1
@@ -88,3 +89,6 @@ def round_by_reconstruction(
   # Never worse than rounding to the nearest, channel by channel.
   channel = lambda c: ((c * scale - w) * weigh(c * scale - w)).sum(0)
   return jnp.where(channel(codes) < channel(nearest), codes, nearest)
+
+
+SOLVER = Solver(rounds=round_by_reconstruction)

@@ -3,6 +3,7 @@
 It is handed parameters and statistics and never runs the model itself.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,10 @@ from qvit_jax.quantization.integer_core import (
   SitePlan,
 )
 from qvit_jax.quantization.packed import Packed, assemble
-from qvit_jax.quantization.ptq import (
-  adaround,
-  gptq,
-  reparametrize,
-  rotate,
-  smooth_quant,
-)
 from qvit_jax.quantization.ptq.calibrate import SiteStats
 from qvit_jax.quantization.ptq.ranges import choose_range
 from qvit_jax.quantization.ptq.rows import Row
+from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
 
@@ -42,7 +37,7 @@ def transform(
   """Returns parameters of the same function that are easier to round.
 
   Args:
-    row: Its transforms are applied in the order of `rows.TRANSFORMS`.
+    row: Its transforms are applied in the order of `solvers.SOLVERS`.
     params: Path to float32 array.
     stream: Who writes to and reads from the residual stream. None: the model
       has none; `rows.check_stream` has refused the rows that need it.
@@ -50,22 +45,10 @@ def transform(
     seed: Of the rotations.
   """
   done: tuple[str, ...] = ()
-  for solver in row.transforms:
-    if solver == 'rotate':
-      params = rotate.turn(rotate.fold_norms(params, stream), stream, seed=seed)
-    else:
-      seen = observe(done, params)
-      layers = {n: s for n, s in seen.items() if s.channel_low is not None}
-      if solver == 'smooth_quant':
-        largest = {
-          n: np.maximum(np.abs(s.channel_low), np.abs(s.channel_high))
-          for n, s in layers.items()
-        }
-        params = smooth_quant.smooth(params, stream, largest)
-      else:
-        ranges = {n: (s.channel_low, s.channel_high) for n, s in layers.items()}
-        params = reparametrize.reparametrize(params, stream, ranges)
-    done = (*done, solver)
+  for name in row.transforms:
+    see = functools.partial(observe, done, params)
+    params = SOLVERS[name].transform(params, stream, see, seed)
+    done = (*done, name)
   return params
 
 
@@ -136,7 +119,7 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
   hessian = None
   if row.needs_hessians:
     hessian = jnp.asarray(stats[site.path].hessian)
-  mean = stats[site.path].mean if 'bias_correction' in row.solvers else None
+  mean = stats[site.path].mean if row.reads_means else None
   if plan.block:
     w = hadamard.turn_blocks(w.T, plan.block).T
     if hessian is not None:
@@ -167,15 +150,10 @@ def round_kernel(row: Row, w, hessian, bits: int):
     hessian: X^T X of its inputs [i, i], where the row needs one.
     bits: Of a code.
   """
-  if row.needs_hessians:
+  if row.rounding:
     scale = qtensor.group_scales(w, bits, group=row.group)
     full = qtensor.spread_scales(scale, w.shape[0], row.group)
-    solve = (
-      gptq.round_by_outputs
-      if 'gptq' in row.solvers
-      else adaround.round_by_reconstruction
-    )
-    codes = solve(w, hessian, full, bits=bits)
+    codes = SOLVERS[row.rounding].rounds(w, hessian, full, bits=bits)
     if bits > MAX_PACKED_BITS:
       return codes * full
     return qtensor.from_codes(codes, scale, bits, group=row.group)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.quantization import numerics
+from qvit_jax.quantization.ptq.solver import Solver
 
 
 @functools.partial(jax.jit, static_argnames=('bits', 'block'))
@@ -90,3 +91,6 @@ def round_by_outputs(
     0, (size + pad) // block, one_block, (w, jnp.zeros_like(w))
   )
   return jnp.zeros((size, width), w.dtype).at[order].set(codes[:size])
+
+
+SOLVER = Solver(rounds=round_by_outputs)

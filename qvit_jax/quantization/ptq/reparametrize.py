@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from qvit_jax.ops import Stream
+from qvit_jax.quantization.ptq.solver import Solver, watched
 
 _TINY = 1e-5
 
@@ -50,3 +51,15 @@ def reparametrize(
       moved = np.einsum('c,tco->o', shift, rows)
       p[f'{layer}/bias'] = bias + moved.reshape(bias.shape)
   return {name: x.astype(np.float32) for name, x in p.items()}
+
+
+def _transform(params, stream, observe, seed: int):
+  del seed
+  ranges = {
+    name: (stats.channel_low, stats.channel_high)
+    for name, stats in watched(observe).items()
+  }
+  return reparametrize(params, stream, ranges)
+
+
+SOLVER = Solver(_transform, needs_stream=True, needs_acts=True)

@@ -16,6 +16,7 @@ nonlinearity puts out nothing can turn beforehand; see `hadamard.turn_blocks`.
 import numpy as np
 
 from qvit_jax.ops import Stream
+from qvit_jax.quantization.ptq.solver import Solver
 
 
 def fold_norms(
@@ -107,3 +108,11 @@ def turn(
       p[f'{layer}/kernel'] = p[f'{layer}/kernel'] @ r
       p[f'{layer}/bias'] = p[f'{layer}/bias'] @ r
   return {name: x.astype(np.float32) for name, x in p.items()}
+
+
+def _transform(params, stream, observe, seed: int):
+  del observe  # it goes by the model alone
+  return turn(fold_norms(params, stream), stream, seed=seed)
+
+
+SOLVER = Solver(_transform, needs_stream=True)

@@ -8,18 +8,11 @@ from typing import Any
 
 from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.ops import Site, Stream
+from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import QuantSpec
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-# A row applies its solvers in this order. The first change the float model but
-# not its function, then kernels are rounded, then what stays float is fitted.
-TRANSFORMS = ('rotate', 'smooth_quant', 'reparametrize')
-ROUNDINGS = ('gptq', 'adaround')
-STREAM_SOLVERS = (*TRANSFORMS, 'hadamard')  # need `ops.Stream`
-SOFTMAX = ('log2_softmax', 'twin_softmax')
-SOLVERS = (
-  *TRANSFORMS, 'hadamard', *ROUNDINGS, *SOFTMAX, 'bias_correction', 'tune',
-)  # fmt: skip
+STREAM_SOLVERS = tuple(n for n, s in SOLVERS.items() if s.needs_stream)
 MIXED = ('mixed_simple', 'mixed_variance', 'mixed_sensitivity')
 _FLOAT = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 _CLIPS = ('99.9', '99', '95')
@@ -41,7 +34,7 @@ class Row:
     mixed: One of MIXED where bits differ from site to site, else ''.
     is_plain: Whether weight scales just cover the largest weight; else they are
       searched for the least squared error.
-    solvers: In the order of SOLVERS.
+    solvers: Names, in the order of SOLVERS.
   """
 
   name: str
@@ -63,26 +56,32 @@ class Row:
   @property
   def transforms(self) -> tuple[str, ...]:
     """Solvers that change the float model before anything is rounded."""
-    return tuple(s for s in self.solvers if s in TRANSFORMS)
+    return tuple(s for s in self.solvers if SOLVERS[s].transform)
+
+  @property
+  def rounding(self) -> str:
+    """The solver that rounds kernels; '' where each weight goes by itself."""
+    return ''.join(s for s in self.solvers if SOLVERS[s].rounds)
 
   @property
   def needs_hessians(self) -> bool:
     """Whether kernels are rounded by what their inputs look like."""
-    return bool(set(ROUNDINGS) & set(self.solvers))
+    return bool(self.rounding)
+
+  @property
+  def reads_means(self) -> bool:
+    """Whether packing reads what inputs are in the mean."""
+    return any(SOLVERS[s].reads_means for s in self.solvers)
 
   @property
   def needs_calibration(self) -> bool:
     """Whether packing the row reads statistics."""
-    wanted = {*ROUNDINGS, 'bias_correction'}
-    return self.is_static or bool(wanted & set(self.solvers))
+    return self.is_static or self.needs_hessians or self.reads_means
 
   @property
   def softmax(self) -> str:
     """Which codes attention weights get: 'uniform', 'log2' or 'twin'."""
-    for solver in SOFTMAX:
-      if solver in self.solvers:
-        return solver.removesuffix('_softmax')
-    return 'uniform'
+    return ''.join(SOLVERS[s].softmax for s in self.solvers) or 'uniform'
 
   def method(self, notes: Sequence[str] = ()) -> str:
     """Returns one phrase for the report; `notes` are what rules change."""
@@ -137,6 +136,11 @@ def parse_row(text: str) -> Row:
 def _check_solvers(row: Row, asked: set[str], text: str) -> None:
   """Refuses solvers that would do nothing in this row."""
   acts = row.default.acts or row.mixed == 'mixed_sensitivity'
+  asks = lambda wanted: [
+    name for name in SOLVERS if name in asked and wanted(SOLVERS[name])
+  ]
+  roundings, softmax = asks(lambda s: s.rounds), asks(lambda s: s.softmax)
+  for_acts = [name for name, solver in SOLVERS.items() if solver.needs_acts]
   products = row.attention.acts or row.mixed == 'mixed_sensitivity'
   for wrong, why in (
     (row.is_float, 'is in float, which solvers do not change; leave '
@@ -144,14 +148,14 @@ def _check_solvers(row: Row, asked: set[str], text: str) -> None:
     (row.is_static and 'hadamard' in asked,
      'has ranges of inputs before hadamard turns them; leave it out, or use '
      'dynamic scales'),
-    (set(ROUNDINGS) <= asked, 'rounds kernels twice; leave gptq or adaround '
-                              'out'),
-    (set(SOFTMAX) <= asked, 'has two kinds of softmax codes; leave one out'),
-    (asked & set(SOFTMAX) and not products,
+    (len(roundings) > 1,
+     f'rounds kernels twice; leave {" or ".join(roundings)} out'),
+    (len(softmax) > 1, 'has two kinds of softmax codes; leave one out'),
+    (softmax and not products,
      'leaves attention products in float; leave the softmax codes out'),
-    (not acts and asked & {'smooth_quant', 'reparametrize', 'hadamard'},
-     'leaves activations in float, which smooth_quant, reparametrize and '
-     'hadamard are for; leave them out'),
+    (not acts and asks(lambda s: s.needs_acts),
+     f'leaves activations in float, which {", ".join(for_acts[:-1])} and '
+     f'{for_acts[-1]} are for; leave them out'),
   ):  # fmt: skip
     if wrong:
       raise ConfigError(f'ptq.rows: {text!r} {why}')

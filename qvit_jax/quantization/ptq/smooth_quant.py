@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from qvit_jax.ops import Stream
+from qvit_jax.quantization.ptq.solver import Solver, watched
 
 _TINY = 1e-5
 
@@ -65,3 +66,15 @@ def _rows(kernel: np.ndarray, width: int) -> np.ndarray:
 def _factors(acts, kernels, strength: float) -> np.ndarray:
   acts, kernels = np.maximum(acts, _TINY), np.maximum(kernels, _TINY)
   return acts**strength / kernels ** (1 - strength)
+
+
+def _transform(params, stream, observe, seed: int):
+  del seed
+  largest = {
+    name: np.maximum(np.abs(stats.channel_low), np.abs(stats.channel_high))
+    for name, stats in watched(observe).items()
+  }
+  return smooth(params, stream, largest)
+
+
+SOLVER = Solver(_transform, needs_stream=True, needs_acts=True)
