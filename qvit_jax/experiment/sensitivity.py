@@ -21,6 +21,7 @@ from qvit_jax.experiment import calibration
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import qtensor
+from qvit_jax.quantization.finite import at_site, check_finite
 from qvit_jax.quantization.ptq import mixed_precision, plans
 from qvit_jax.quantization.ptq.switch_core import SwitchCore, switches
 from qvit_jax.quantization.spec import QuantSpec
@@ -52,8 +53,8 @@ def measure(
     say: Called with a line for each site.
 
   Raises:
-    QuantError: A choice is malformed, 'float' or given twice, or no assignment
-      keeps the budget.
+    QuantError: A choice is malformed, 'float' or given twice, no assignment
+      keeps the budget, or a parameter is not finite.
     ConfigError: More images are asked for than there are.
     DivergedError: The float model gives no numbers to compare with.
   """
@@ -109,6 +110,7 @@ class Sensitivity:
     images, labels = zip(
       *calibration.prepared(self.experiment, self.examples), strict=True
     )
+    check_finite(self.host)
     base = self._logits(images, self.params, None, None)
     if not np.isfinite(base).all() or not base.any():
       raise DivergedError(
@@ -211,7 +213,8 @@ class Sensitivity:
 
 def _round_kernel(site: Site, kernel: jax.Array, bits: int) -> jax.Array:
   """Returns a kernel on the levels that packing would round it to."""
-  packed = qtensor.quantize(kernel.reshape(site.rhs_shape), bits)
+  with at_site(site.path):
+    packed = qtensor.quantize(kernel.reshape(site.rhs_shape), bits)
   return qtensor.dequantize(packed).reshape(kernel.shape)
 
 

@@ -18,6 +18,7 @@ from qvit_jax.lora import adapter as lora
 from qvit_jax.lora.frozen_core import BITS, FrozenCore, plan_frozen
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import METHODS, QuantPlan, dequantize, quantize
+from qvit_jax.quantization.finite import check_finite
 
 _start = jax.jit(
   lora.start, static_argnums=2, static_argnames=('pack', 'unpack')
@@ -66,6 +67,9 @@ class Frozen:
     """Returns variables to train of those with trained float kernels.
 
     Layer after layer, so that no more than one kernel is there twice.
+
+    Raises:
+      QuantError: A kernel that is to be packed is not finite.
     """
     params = tree.flatten(variables['params'])
     factors = lora.by_layer(variables['lora'])
@@ -75,6 +79,8 @@ class Frozen:
         continue
       name = f'{site.path}/kernel'
       kernel = params.pop(name)
+      if self._pack:
+        check_finite({name: kernel})
       base = kernel.reshape(site.rhs_shape)
       if site.path in factors:
         base, factors[site.path] = _start(

@@ -17,6 +17,7 @@ from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.lora import adapter as lora
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
+from qvit_jax.quantization.finite import at_site, check_finite
 from qvit_jax.quantization.integer_core import SitePlan
 from qvit_jax.quantization.packed import assemble
 from qvit_jax.quantization.ptq import apply as ptq
@@ -45,6 +46,7 @@ def _merge(
   Raises:
     CheckpointError: There are no adapters, or they are of another base.
     ExportError: The merged model computes something else.
+    QuantError: A merged kernel is not finite.
   """
   variables, run, lines = sources.adapted(experiment, place)
   config, frozen = experiment.config, experiment.model.frozen
@@ -53,6 +55,7 @@ def _merge(
   shapes = experiment.model.float_shapes['params']
   params = frozen.unpacked(variables, shapes)
   params = lora.merge(params, variables['lora'], frozen.adapter.spec)
+  check_finite(tree.flatten(params))
   target = place / 'merged' / config.lora.name
   if frozen.bits is None:
     whole, merged = _float_run(experiment, variables, params)
@@ -64,7 +67,8 @@ def _merge(
     f'those with adapters (the largest is {found["largest"]:.3g}), '
     f'{found["equal"]:.1%} of the classes equal'
   )
-  if frozen.bits is None and found['difference'] > _ALLOWED * found['largest']:
+  is_near = found['difference'] <= _ALLOWED * found['largest']  # NaN is not
+  if frozen.bits is None and not is_near:
     raise ExportError(
       f'the merged model of adapter {config.lora.name!r} computes other logits '
       f'(by {found["difference"]:.2g}); nothing was written'
@@ -146,7 +150,8 @@ def _packed(experiment: Experiment, variables, params, target, say):
       quant[name] = frozen.kernel(variables, site.path)  # nothing was added
     else:
       hessian = jnp.asarray(stats[site.path].hessian) if gptq else None
-      quant[name] = ptq.round_kernel(row, w, hessian, frozen.bits)
+      with at_site(site.path):
+        quant[name] = ptq.round_kernel(row, w, hessian, frozen.bits)
   packed = assemble(
     flat, quant, plans, sites, config.model.dtype, 'per_token'
   )

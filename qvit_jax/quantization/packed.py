@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from qvit_jax import tree
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import qtensor
+from qvit_jax.quantization.finite import check_finite, check_learned
 from qvit_jax.quantization.integer_core import (
   MAX_PACKED_BITS,
   IntegerCore,
@@ -68,7 +69,12 @@ def assemble(
     dtype: Compute dtype, and that of kernels that are left in float.
     granularity: Of the scales of activations, for the printed plan.
     rectify: Of queries and keys, where training had one.
+
+  Raises:
+    QuantError: An array is not finite, or a scale not positive.
   """
+  check_finite(params)
+  check_learned(quant)
   plans = dict(plans)
   for path, plan in plans.items():
     kernel = quant.get(f'{path}/kernel')

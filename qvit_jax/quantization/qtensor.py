@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from qvit_jax.errors import QuantError
 from qvit_jax.quantization import numerics
+from qvit_jax.quantization.finite import check_finite
 
 _HALF_BYTE = 4
 
@@ -99,8 +100,10 @@ def from_codes(
     is_odd: Whether all codes are odd, so that a bit less says them.
 
   Raises:
-    QuantError: Bits outside 2 to 8, or scales that do not fit the groups.
+    QuantError: Bits outside 2 to 8, scales that do not fit the groups, or NaN
+      or infinity among either.
   """
+  check_finite({'codes': codes, 'scales': scale})
   if not 2 <= bits <= 8:
     raise QuantError(f'{bits} bits cannot be packed; allowed are 2 to 8')
   rows, width = codes.shape
@@ -130,8 +133,9 @@ def quantize(
       largest weight.
 
   Raises:
-    QuantError: Bits outside 2 to 8.
+    QuantError: Bits outside 2 to 8, or a weight that is NaN or infinite.
   """
+  check_finite({'kernel': w})
   if not 2 <= bits <= 8:
     raise QuantError(f'{bits} bits cannot be packed; allowed are 2 to 8')
   scale = group_scales(w, bits, group=group, search=search)

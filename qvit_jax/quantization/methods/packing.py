@@ -15,6 +15,7 @@ from qvit_jax import tree
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops
 from qvit_jax.quantization import qtensor
+from qvit_jax.quantization.finite import check_finite, check_learned
 from qvit_jax.quantization.hadamard import turn_blocks
 from qvit_jax.quantization.methods.method import Method
 from qvit_jax.quantization.packed import Packed, assemble
@@ -39,19 +40,19 @@ def pack(
     dtype: Compute dtype of the training.
 
   Raises:
-    QuantError: The method has no codes.
+    QuantError: The method has no codes; or a parameter or a learned value is
+      not finite, or a step not positive.
   """
   if method.pack is None:
     raise QuantError(
       'the model has no codes to pack; train it with a quant.recipe, or pack a '
       'float model with --mode=ptq'
     )
-  rest, quant, plans = method.pack(
-    ops.core,
-    _collection(variables, 'params'),
-    _collection(variables, 'quant'),
-    dtype,
-  )
+  params = _collection(variables, 'params')
+  learned = _collection(variables, 'quant')
+  check_finite(params)
+  check_learned(learned)
+  rest, quant, plans = method.pack(ops.core, params, learned, dtype)
   return assemble(
     rest, quant, plans, plan.sites, dtype, plan.act_granularity,
     rectify=ops.rectify,

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvit_jax import tree
-from qvit_jax.errors import QuantError
 from qvit_jax.ops import FloatCore, Ops, Site, Stream
 from qvit_jax.quantization import hadamard, numerics, qtensor
+from qvit_jax.quantization.finite import at_site, check_finite
 from qvit_jax.quantization.integer_core import (
   MAX_PACKED_BITS,
   SitePlan,
@@ -73,8 +73,10 @@ def apply_row(
     ranges: Of `ranges.RANGES`, for static activations.
 
   Raises:
-    QuantError: Bits that cannot be packed; the site is named.
+    QuantError: Bits that cannot be packed, or values that are not finite; the
+      site is named.
   """
+  check_finite(params)
   if row.is_float:
     return _float_row(row, params, sites)
   rest = dict(params)
@@ -127,10 +129,8 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
       hessian = hadamard.turn_blocks(half.T, plan.block)
     if mean is not None:
       mean = np.asarray(hadamard.turn_blocks(jnp.asarray(mean), plan.block))
-  try:
+  with at_site(site.path):
     packed = round_kernel(row, w, hessian, bits)
-  except QuantError as error:
-    raise QuantError(f'{site.path}: {error}') from error
   if mean is None:
     return packed, None
   near = (

@@ -21,6 +21,7 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops, Site
+from qvit_jax.quantization.finite import check_finite
 
 SCALES = ('per_tensor', 'per_position')
 _BINS = {'per_tensor': 2048, 'per_position': 512}
@@ -245,7 +246,16 @@ def to_arrays(stats: dict[str, SiteStats]) -> dict[str, np.ndarray]:
 
 
 def from_arrays(flat: dict[str, np.ndarray]) -> dict[str, SiteStats]:
-  """Returns the statistics that `to_arrays` took apart."""
+  """Returns the statistics that `to_arrays` took apart.
+
+  Raises:
+    QuantError: One is not finite, so no scale can be made of it.
+  """
+  check_finite(
+    flat,
+    'check weights and images, and delete a kept `calibration` folder that '
+    'holds them',
+  )
   grouped: dict[str, dict[str, np.ndarray]] = {}
   for name, value in flat.items():
     path, _, field = name.rpartition('/')

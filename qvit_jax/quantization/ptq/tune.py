@@ -19,7 +19,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from qvit_jax import tree
 from qvit_jax.ops import FloatCore, Ops
+from qvit_jax.quantization.finite import check_finite, check_learned
 from qvit_jax.quantization.packed import Packed
 
 _BATCH = 32
@@ -79,6 +81,9 @@ def tune(
     lr: The first one's learning rate; it falls to 0 by a cosine.
     seed: Of the choice of images.
     progress: Called with a line now and then.
+
+  Raises:
+    QuantError: What was fitted is not finite.
   """
   core: Any = packed.ops.core
   soft = build(Ops(core=dataclasses.replace(core, is_exact=False)))
@@ -113,6 +118,8 @@ def tune(
       recent = np.mean(losses[-max(1, steps // 4) :])
       progress(f'tune: step {number}/{steps}, divergence {recent:.4f} nats')
   variables = jax.jit(_moved)(packed.variables, moves)
+  check_finite(tree.flatten(variables['params']))
+  check_learned(tree.flatten(variables['quant']))
   return dataclasses.replace(packed, variables=variables)
 
 
