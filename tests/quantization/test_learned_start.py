@@ -231,7 +231,7 @@ def test_a_checkpoint_with_learned_steps_needs_no_calibration(
 
 def test_where_a_calibration_has_no_effect_it_is_refused():
   config = config_of(**{'quant.recipe': 'aqt', 'quant.calibration_path': 'x'})
-  with pytest.raises(ConfigError, match='no step is learned; set --config.qu'):
+  with pytest.raises(ConfigError, match="quant.recipe='aqt' does not read it"):
     modes.run('train', config, 'unused', overrides=['quant.calibration_path'])
 
 
