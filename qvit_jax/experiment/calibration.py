@@ -101,6 +101,7 @@ class Calibration:
     say: Callable[[str], None],
     *,
     hessians: bool = False,
+    is_read: bool = True,
   ):
     """Checks that there are enough images.
 
@@ -109,6 +110,7 @@ class Calibration:
       place: The workdir.
       say: Prints a line.
       hessians: Whether statistics have to hold Hessians.
+      is_read: Whether anybody will look at an image.
 
     Raises:
       ConfigError: More images are asked for than there are.
@@ -116,10 +118,9 @@ class Calibration:
     self._experiment, self._say, self._hessians = experiment, say, hessians
     self._config = experiment.config
     self._own = place / 'calibration'
-    check_count(
-      experiment, 'ptq.calibration_examples',
-      self._config.ptq.calibration_examples,
-    )  # fmt: skip
+    if is_read:
+      count = self._config.ptq.calibration_examples
+      check_count(experiment, 'ptq.calibration_examples', count)
     given = self._config.ptq.calibration_path
     if given and not pathlib.Path(given).is_dir():
       raise ConfigError(

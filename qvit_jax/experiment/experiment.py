@@ -85,7 +85,7 @@ class Experiment:
     self.model = Model(config, packed)
     # With what 'auto' stands for; a frozen config, as the one it is made of.
     self.config = config = self.model.config
-    self.mesh = sharding.make_mesh(config)
+    self.mesh = sharding.make_mesh(config, training=training)
     self.data = data or open_data(config, training=training or calibrating)
     # Else they would count other steps and wait for each other for ever.
     if not sharding.is_same_everywhere(self.data.digest):

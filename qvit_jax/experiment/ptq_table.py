@@ -86,7 +86,11 @@ class Table:
     # Points of accuracy against bits by training, of whoever measured them.
     self.curve: list[dict[str, Any]] = []
     self.calibration = Calibration(
-      experiment, place, say, hessians=any(r.needs_hessians for r in self.rows)
+      experiment,
+      place,
+      say,
+      hessians=any(row.needs_hessians for row in self.rows),
+      is_read=not all(row.is_float for row in self.rows),
     )
     self._stats: dict[tuple[str, ...], dict[str, calibrate.SiteStats]] = {}
     # Rows of an earlier run count only if they are of the same weights.

@@ -24,8 +24,12 @@ BATCH = PartitionSpec(('data', 'fsdp'))
 _MIN_ELEMENTS = 4096
 
 
-def make_mesh(config) -> jax.sharding.Mesh:
+def make_mesh(config, *, training: bool = True) -> jax.sharding.Mesh:
   """Returns the mesh that `config.mesh` describes, over all devices.
+
+  Args:
+    config: A validated config.
+    training: Whether batches of training have to divide over it.
 
   Raises:
     ConfigError: The axes do not multiply to the device count, or a batch does
@@ -40,10 +44,11 @@ def make_mesh(config) -> jax.sharding.Mesh:
       f'make the {len(devices)} devices that are here; change one of them '
       '(mesh.data=0 takes what is left)'
     )
-  for field, batch, parts in (
-    ('train.batch_size', config.train.batch_size, config.train.accumulate),
-    ('eval.batch_size', config.eval.batch_size, 1),
-  ):
+  batches = [('eval.batch_size', config.eval.batch_size, 1)]
+  if training:
+    train = config.train
+    batches.append(('train.batch_size', train.batch_size, train.accumulate))
+  for field, batch, parts in batches:
     if batch % (data * fsdp * parts):
       by = f'mesh.data x mesh.fsdp = {data * fsdp}'
       if parts > 1:

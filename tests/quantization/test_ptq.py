@@ -660,6 +660,18 @@ def test_more_calibration_images_than_there_are_is_refused(trained, tmp_path):
     modes.run('ptq', config, str(tmp_path))
 
 
+def test_a_table_does_not_check_what_it_does_not_read(trained, tmp_path):
+  """A schedule of a training, and calibration where no row looks at it."""
+  config = ptq_config(trained, 'fp32')
+  config.ptq.calibration_examples = 5000
+  config.optim.warmup_steps = config.train.batch_size = 10**6
+  config.train.update(
+    steps=0, epochs=0.0, accumulate=7, stages=('nothing:1',)
+  )
+  modes.run('ptq', config, str(tmp_path))
+  assert [row['name'] for row in read(tmp_path)['rows']] == ['fp32']
+
+
 def test_every_default_row_is_known():
   for name in common.get_config().ptq.rows:
     assert rows.parse_row(name).name == name
