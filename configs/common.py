@@ -78,7 +78,7 @@ quant
     Bits of both attention products: 'aY' or 'float'.
   quant.rules = ()
     ((regex, spec), ...): the first regex found in a site's path wins over
-    `default`, e.g. (('head', 'w8'),). Specs with a weight part leave the
+    `default`, e.g. (('REGEX', 'w8'),). Specs with a weight part leave the
     attention products alone. In modes ptq and sensitivity they win over the
     bits of every row and choice.
   quant.act_granularity = ''
@@ -123,8 +123,8 @@ lora
   lora.dropout = 0.0
     On the adapters' inputs; [0, 1).
   lora.targets = ()
-    Layers with adapters: 'attn' (query, key, value, out) | 'qv' | 'mlp' | 'all'
-    (every layer but the head), or regexes of their paths.
+    Layers with adapters: attn (query, key, value, out) | qv | mlp | all (every
+    layer but the head), or regexes of their paths.
   lora.init = 'zero'
     'zero' (they start by adding nothing) | 'pissa' (from the principal part of
     the kernel) | 'loftq' (from that of what packing loses).

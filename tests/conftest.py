@@ -151,7 +151,8 @@ def make_sharded_config(fields):
   """
   config = make_digits_config()
   config.model.update(width=64, heads=4, mlp_dim=128, depth=2)
-  config.quant.default = 'w8a8'
+  if fields.get('quant.recipe', 'none') != 'none':
+    config.quant.default = 'w8a8'
   config.train.update(steps=5, batch_size=32)
   config.eval.update(batch_size=360)
   config.log.every = 1

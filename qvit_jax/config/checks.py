@@ -27,7 +27,7 @@ def check(config: Any, context: Any) -> None:
     raise ConfigError(
       f'quant.recipe={config.quant.recipe!r} stands for a packed model, which '
       f'only --mode=eval and --mode=predict read; for --mode={mode.name} set '
-      f'--config.quant.recipe={" or ".join(names)}'
+      f'--config.quant.recipe={_listed(names)}'
     )
   _check_granularity(config, method)
   _check_lora(config, mode, method)
@@ -140,3 +140,8 @@ def _check_teacher(config) -> None:
       'train.feature_weight and quant.dgd are 0; set one of them or leave the '
       'teacher out'
     )
+
+
+def _listed(names: list[str]) -> str:
+  *most, last = names
+  return f'{", ".join(most)} or {last}' if most else last

@@ -242,7 +242,9 @@ def _inert(
     if not why:
       continue
     on_page = name not in overrides
-    if on_page and not _why_inert(field, page, context):
+    # A packed model brings what pages say of others.
+    packed = context.methods[config.quant.recipe].is_packed
+    if on_page and (packed or not _why_inert(field, page, context)):
       notes.append(
         f'{name}={there[name]!r} of the page has no effect with these flags'
       )

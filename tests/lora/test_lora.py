@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from qvit_jax import modes, tree
 from qvit_jax.data import open_data
 from qvit_jax.errors import CheckpointError, ConfigError, Preempted
@@ -503,7 +504,7 @@ def test_adapters_alone_are_no_base_either(trained, tmp_path):
 
 def test_adapters_alone_are_no_model_to_start_from(trained, tmp_path):
   config = train_config()
-  config.lora.update(rank=0, targets=())
+  config.lora = common.get_config().lora
   config.checkpoint.path = str(trained)
   with pytest.raises(CheckpointError, match='holds adapters alone'):
     modes.run('eval', config, str(tmp_path))

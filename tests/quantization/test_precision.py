@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import common
 from qvit_jax import models, modes, tree
 from qvit_jax.errors import (
   CheckpointError,
@@ -300,6 +301,7 @@ def test_fields_without_an_effect_are_refused(field, hint):
 def test_a_run_goes_on_in_its_own_dtype(overflowed):
   config = rich_config()
   config.model.dtype = 'bfloat16'
+  config.optim.loss_scale = common.get_config().optim.loss_scale
   with pytest.raises(CheckpointError, match='model.dtype'):
     modes.run('train', config, str(overflowed))
 

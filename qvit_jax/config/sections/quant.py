@@ -40,7 +40,7 @@ FIELDS = (
   Field(
     'quant.rules', (), ANY,
     "((regex, spec), ...): the first regex found in a site's path wins over "
-    "`default`, e.g. (('head', 'w8'),). Specs with a weight "
+    "`default`, e.g. (('REGEX', 'w8'),). Specs with a weight "
     'part leave the attention products alone. In modes ptq and sensitivity '
     'they win over the bits of every row and choice.',
     of_method=True,
@@ -129,8 +129,8 @@ FIELDS = (
   Field(
     'lora.targets', (),
     names("() or a tuple of names and regexes such as ('qv',)"),
-    "Layers with adapters: 'attn' (query, key, value, out) | 'qv' | 'mlp' | "
-    "'all' (every layer but the head), or regexes of their paths.",
+    'Layers with adapters: attn (query, key, value, out) | qv | mlp | all '
+    '(every layer but the head), or regexes of their paths.',
   ),
   Field(
     'lora.init', 'zero', one_of('zero', 'pissa', 'loftq'),
