@@ -15,8 +15,9 @@ import numpy as np
 from qvit_jax.errors import QuantError
 
 _EARLIER = 'give an earlier step by --config.checkpoint.path'
-# Names of distances of two levels, learned and packed.
-_STEPS = ('_step', '_scale', 'kernel/scale')
+# Names of distances of two levels in packed models. Learned ones are no more
+# than bounded from below, in training as in packing (`lsq.LEAST`).
+_STEPS = ('_scale', 'kernel/scale')
 
 
 def check_finite(
@@ -54,7 +55,7 @@ def check_learned(quant: Mapping[str, Any]) -> None:
     quant: Steps, scales, zero points and kernels by path, learned or packed.
 
   Raises:
-    QuantError: An array is not finite, or a step not positive; it is named.
+    QuantError: An array is not finite, or a scale not positive; it is named.
   """
   check_finite(quant)
   for name, x in quant.items():
@@ -64,7 +65,7 @@ def check_learned(quant: Mapping[str, Any]) -> None:
       continue
     if (x <= 0).any():
       raise QuantError(
-        f'{name}: {int((x <= 0).sum()):,} of {x.size:,} steps are not above '
+        f'{name}: {int((x <= 0).sum()):,} of {x.size:,} scales are not above '
         f'0 (least {float(x.min()):.3g}), so that all codes mean zero; '
         f'{_EARLIER}, or train again with a smaller --config.optim.quant_lr'
       )

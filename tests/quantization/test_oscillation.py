@@ -162,7 +162,7 @@ def two_steps(config, stage):
 
 def test_the_stage_freeze_moves_what_is_near_a_boundary():
   experiment, (_, before, after), _ = two_steps(
-    config_of(**{'quant.recipe': 'statsq'}), 'freeze'
+    config_of(**{'quant.recipe': 'statsq', 'quant.freeze': 0.1}), 'freeze'
   )
   plan, shares = experiment.model.plan, []
   for site in plan.sites:
