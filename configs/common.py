@@ -309,6 +309,8 @@ mesh
     Copies of the model; 0 = all devices that are left.
   mesh.fsdp = 1
     Parts that parameters and batch are split into.
+  mesh.fsdp_min_mib = 4.0
+    Smaller arrays, in MiB, lie whole on every device; 0 splits all.
   mesh.tensor = 1
     Parts that heads and MLP channels are split into.
 

@@ -138,6 +138,10 @@ SCALES_LOSS = Need(
   lambda c: c.model.dtype == 'float16',
   'only float16 needs it; set --config.model.dtype=float16',
 )
+SPLITS = Need(
+  lambda c: c.mesh.fsdp > 1,
+  'mesh.fsdp is 1 and splits no array; set --config.mesh.fsdp=2 or more',
+)
 HAS_LAYOUT = Need(
   lambda c: c.export.format != 'packed',
   "export.format is 'packed', whose names are our own; set "

@@ -129,7 +129,8 @@ class Experiment:
 
   def _shardings(self, shapes: Any) -> tuple[Any, list[str]]:
     rules = models.tensor_rules(self.config)
-    return sharding.infer(shapes, self.mesh, rules)
+    least = self.config.mesh.fsdp_min_mib
+    return sharding.infer(shapes, self.mesh, rules, least)
 
   @property
   def batch_sharding(self) -> NamedSharding:

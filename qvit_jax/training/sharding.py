@@ -20,8 +20,6 @@ from qvit_jax.errors import ConfigError
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
-# Splitting a smaller array costs more in messages than it saves in memory.
-_MIN_ELEMENTS = 4096
 
 
 def make_mesh(config, *, training: bool = True) -> jax.sharding.Mesh:
@@ -63,10 +61,16 @@ def make_mesh(config, *, training: bool = True) -> jax.sharding.Mesh:
   )
 
 
+def _bytes(leaf: Any) -> int:
+  # A key's dtype is no NumPy one, but knows its size.
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
 def infer(
   shapes: Any,
   mesh: jax.sharding.Mesh,
   tensor_rules: Sequence[tuple[str, int]],
+  min_mib: float,
 ) -> tuple[Any, list[str]]:
   """Returns the sharding of every array and what stayed whole although asked.
 
@@ -74,16 +78,18 @@ def infer(
     shapes: Tree of shapes; paths end alike in parameters and optimizer state.
     mesh: The devices.
     tensor_rules: (path regex, axis to split over `tensor`) pairs.
+    min_mib: `mesh.fsdp_min_mib`: smaller arrays, in MiB of the whole array,
+      are not split over `fsdp`.
 
   Returns:
     A tree of NamedSharding, and one line for each array that an axis of the
-    mesh could not split.
+    mesh could not split, with one for all that are too small for `fsdp`.
   """
   flat = tree.flatten(shapes)
   axis_of = {}
   if mesh.shape['tensor'] > 1:
     axis_of = rules.match(tensor_rules, flat, field='tensor rules of the model')
-  specs, notes = {}, []
+  specs, notes, small = {}, [], []
   for path, leaf in flat.items():
     spec: list[Any] = [None] * len(leaf.shape)
     axis = axis_of.get(path)
@@ -95,7 +101,10 @@ def infer(
           f'{path} {tree.describe(leaf)}: axis {axis} is not divisible by '
           f'mesh.tensor={mesh.shape["tensor"]}, every device keeps all of it'
         )
-    if mesh.shape['fsdp'] > 1 and math.prod(leaf.shape) >= _MIN_ELEMENTS:
+    size = _bytes(leaf)
+    if mesh.shape['fsdp'] > 1 and size < min_mib * 2**20:
+      small.append(size)
+    elif mesh.shape['fsdp'] > 1:
       fits = [
           i for i, size in enumerate(leaf.shape)
           if spec[i] is None and size % mesh.shape['fsdp'] == 0
@@ -108,6 +117,12 @@ def infer(
           f'mesh.fsdp={mesh.shape["fsdp"]}, every device keeps all of it'
         )
     specs[path] = NamedSharding(mesh, PartitionSpec(*spec))
+  if small:
+    notes.append(
+      f'{len(small)} of {len(flat)} arrays are smaller than '
+      f'mesh.fsdp_min_mib={min_mib:g} ({sum(small) / 2**20:.1f} MiB in all), '
+      'mesh.fsdp does not split them'
+    )
   return tree.unflatten(specs, shapes), notes
 
 

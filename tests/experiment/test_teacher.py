@@ -578,7 +578,8 @@ from qvit_jax import modes
 from tests.conftest import make_sharded_config
 common = {'train.teacher': sys.argv[1], 'train.feature_weight': 1.0,
           'quant.dgd': 0.1}
-axes = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
+axes = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+        'mesh.fsdp_min_mib': 1 / 64}
 modes.run('train', make_sharded_config({**common, **axes}), sys.argv[2])
 from qvit_jax.experiment import teacher
 from qvit_jax.experiment.experiment import Experiment

@@ -28,20 +28,22 @@ import jax
 from qvit_jax.training import sharding
 from tests.conftest import make_sharded_config
 mesh = sharding.make_mesh(make_sharded_config(
-    {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4}))
+    {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4,
+     'mesh.fsdp_min_mib': 1 / 64}))
 S = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
 shapes = {'attn': {'query': {'kernel': S(64, 4, 16)}},
           'odd': {'kernel': S(65, 67)},
           'three': {'query': {'kernel': S(64, 3, 5)}},
           'bias': S(64)}
-places, notes = sharding.infer(shapes, mesh, [('query/kernel$', 1)])
+places, notes = sharding.infer(shapes, mesh, [('query/kernel$', 1)], 1 / 64)
 for path in ('attn', 'three'):
   print(path, tuple(places[path]['query']['kernel'].spec))
 print('odd', tuple(places['odd']['kernel'].spec))
 print('bias', tuple(places['bias'].spec))
 print('\\n'.join(notes))
 from qvit_jax.experiment.experiment import Experiment
-config = make_sharded_config({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4})
+config = make_sharded_config({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4,
+     'mesh.fsdp_min_mib': 1 / 64})
 state = Experiment(config, training=True).fresh_state(jax.random.key(0))
 block = lambda tree: tree['params']['encoder']['block_00']
 for tree in (state.variables, state.opt_state[0].mu):
@@ -50,7 +52,7 @@ for tree in (state.variables, state.opt_state[0].mu):
 """
 RUNS = {'none': {'quant.recipe': 'none'}, 'aqt': {'quant.recipe': 'aqt'}}
 MESHES = {
-  'data4_fsdp2': {'mesh.data': 4, 'mesh.fsdp': 2},
+  'data4_fsdp2': {'mesh.data': 4, 'mesh.fsdp': 2, 'mesh.fsdp_min_mib': 1 / 64},
   'data2_tensor4': {'mesh.data': 2, 'mesh.tensor': 4},
 }
 

@@ -5,6 +5,7 @@ from qvit_jax.config.fields import (
   BOOL,
   HAS_LAYOUT,
   ONE_UP,
+  SPLITS,
   ZERO_UP,
   Field,
   one_of,
@@ -62,6 +63,11 @@ FIELDS = (
   Field(
     'mesh.fsdp', 1, ONE_UP,
     'Parts that parameters and batch are split into.',
+  ),
+  Field(
+    'mesh.fsdp_min_mib', 4.0, ZERO_UP,
+    'Smaller arrays, in MiB, lie whole on every device; 0 splits all.',
+    needs=(SPLITS,),
   ),
   Field(
     'mesh.tensor', 1, ONE_UP,
