@@ -309,8 +309,9 @@ mesh
     Copies of the model; 0 = all devices that are left.
   mesh.fsdp = 1
     Parts that parameters and batch are split into.
-  mesh.fsdp_min_mib = 4.0
-    Smaller arrays, in MiB, lie whole on every device; 0 splits all.
+  mesh.fsdp_min_mib = 0.25
+    Smaller arrays, in MiB, lie whole on every device; 0 splits all. From 4 on,
+    kernels of a ViT-S are not split at all.
   mesh.tensor = 1
     Parts that heads and MLP channels are split into.
 

@@ -272,7 +272,8 @@ def load_teacher(experiment: Experiment) -> Teacher:
     raise type(error)(f'train.teacher={path!r}: {text}') from error
   teacher = Teacher(experiment, own, variables, origin=notes[0], digest=digest)
   rules = models.tensor_rules(own.config)
-  _, whole = sharding.infer(own.model.shapes, own.mesh, rules, own.config.mesh.fsdp_min_mib)
+  least = own.config.mesh.fsdp_min_mib
+  _, whole = sharding.infer(own.model.shapes, own.mesh, rules, least)
   teacher.lines += [*notes[1:], *whole]
   return teacher
 

@@ -181,6 +181,10 @@ def test_sharding_splits_large_arrays_and_names_the_others(eight_devices):
   assert (
     'odd/kernel float32[65, 67]: no axis is divisible by mesh.fsdp=2' in out
   )
+  assert (
+    '2 of 4 arrays are smaller than mesh.fsdp_min_mib=0.015625 (0.0 MiB in '
+    'all), mesh.fsdp does not split them' in out
+  )
 
 
 def test_two_processes_train_as_one(tmp_path, call_main):

@@ -65,8 +65,9 @@ FIELDS = (
     'Parts that parameters and batch are split into.',
   ),
   Field(
-    'mesh.fsdp_min_mib', 4.0, ZERO_UP,
-    'Smaller arrays, in MiB, lie whole on every device; 0 splits all.',
+    'mesh.fsdp_min_mib', 0.25, ZERO_UP,
+    'Smaller arrays, in MiB, lie whole on every device; 0 splits all. '
+    'From 4 on, kernels of a ViT-S are not split at all.',
     needs=(SPLITS,),
   ),
   Field(
