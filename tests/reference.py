@@ -195,7 +195,7 @@ def sgd(p, grads, rates, *, momentum, decay):
 def lsq(x, step, zero, first, last):
   """Returns (x^, dx^/dx, dx^/dstep, dx^/dzero), element by element."""
   x, step = np.asarray(x, np.float64), np.asarray(step, np.float64)
-  zero = np.round(np.asarray(zero, np.float64))
+  zero = np.clip(np.round(np.asarray(zero, np.float64)), first, last)
   v = x / step + zero
   near = np.round(np.clip(v, first, last))
   inside = (first <= v) & (v <= last)

@@ -85,11 +85,12 @@ def assemble(
     'params': tree.nest({n: jnp.asarray(x) for n, x in params.items()}),
     'quant': tree.nest(quant),
   }
-  left = None if dtype == 'float32' else 16  # bits of what is not rounded
   specs = tuple(
     QuantSpec(
-      (plans[s.path].weights or left) if s.is_layer else None,
-      plans[s.path].acts or left,
+      (plans[s.path].weights or _bits_of(quant[f'{s.path}/kernel'].dtype))
+      if s.is_layer
+      else None,
+      plans[s.path].acts or _bits_of(dtype),
     )
     for s in sites
   )
@@ -99,6 +100,11 @@ def assemble(
   return Packed(
     variables, Ops(core=core, rectify=rectify), dtype, plan, execution, why
   )
+
+
+def _bits_of(dtype: Any) -> int | None:
+  """Returns the bits of what is not rounded; None for float32."""
+  return None if jnp.dtype(dtype) == jnp.float32 else 16
 
 
 def _execution(

@@ -74,6 +74,8 @@ def test_a_layers_gradients_are_lsqs(bits, zero, steps):
   wanted = 0.3 * (up * of_step).sum(axes).reshape(shape)
   np.testing.assert_allclose(ds, wanted, rtol=1e-3, atol=1e-3)
   wanted = 0.3 * (up * of_zero).sum(axes).reshape(shape)
+  if zero.max() > 2**bits - 1:  # no further up
+    wanted = np.maximum(wanted, 0)
   np.testing.assert_allclose(dz, wanted, rtol=1e-3, atol=1e-3)
   down = np.einsum('bni,bno->io', near, g)
   np.testing.assert_allclose(dw, down * w_inside, atol=1e-3)
@@ -174,6 +176,29 @@ def test_a_step_below_zero_still_learns(dtype):
   )  # fmt: skip
   assert np.isfinite(ds).all()
   assert (ds != 0).all()
+
+
+@pytest.mark.parametrize(('zero', 'sign'), [(-400.0, -1), (400.0, 1)])
+def test_a_zero_point_beyond_the_codes_is_the_last_code_and_comes_back(
+  zero, sign
+):
+  """Codes less a zero point stay exact in bf16, and 0 has a code."""
+  coder, x = lsq.Coder(8), normal((64,))
+  step = jnp.full((1,), 0.01)
+  codes, _ = lsq.encode(x, step, jnp.full((1,), zero), coder)
+  assert jnp.abs(codes).max() <= 255
+  assert lsq.encode(jnp.zeros(1), step, jnp.full((1,), zero), coder)[0] == 0
+  product = lsq.Product((((1,), (0,)), ((), ())), coder, None)
+  found = []
+  for cotangent in (1.0, -1.0):
+    _, (_, _, (_, dz), _) = gradients(
+      product, x[None], jnp.ones((64, 1)), (step, jnp.full((1,), zero)), None,
+      jnp.full((1, 1), cotangent),
+    )  # fmt: skip
+    found.append(float(dz[0]))
+  # Descent goes against the gradient: only back.
+  assert min(sign * dz for dz in found) == 0
+  assert max(sign * dz for dz in found) > 0
 
 
 def test_the_gradient_scale_is_that_of_the_paper():
@@ -360,6 +385,7 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
       marks=pytest.mark.slow,
     ),
     ('lsq', {'act_granularity': 'per_token', 'hadamard': True}, 'bfloat16'),
+    ('lsq', {'default': 'a8', 'hadamard': True}, 'bfloat16'),
     pytest.param(
       'lsq',
       {'act_granularity': 'per_position', 'hadamard': True},

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -173,6 +174,22 @@ def test_packed_rows_carry_the_bits_of_rules(model, name):
   apply = models.build_model(config, packed.ops).apply
   assert np.isfinite(apply(packed.variables, images)).all()
   assert packed.num_bytes() > free.num_bytes()
+
+
+def test_a_float_kernel_is_turned_with_its_input(model):
+  """Of a rule that rounds activations alone, behind a nonlinearity."""
+  config, params = model
+  rules = (('mlp/fc2', 'a8'),)
+  turned = pack(config, 'w8a8+hadamard', params, rules=rules)
+  blocks = {n: p.block for n, p in turned.site_plans.items() if p.block}
+  assert set(blocks) == set(models.stream(config).hidden)
+  plain = pack(config, 'w8a8+plain', params, rules=rules)
+  images = normal((4, 8, 8, 3), 1)
+  found, wanted = (
+    models.build_model(config, packed.ops).apply(packed.variables, images)
+    for packed in (turned, plain)
+  )
+  assert jnp.linalg.norm(found - wanted) < 0.1 * jnp.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize('bits', [10, 12, 16])

@@ -141,7 +141,8 @@ class LearnedCore:
         w = rest.pop(name).reshape(site.rhs_shape)
         if block:
           w = turn_blocks(w.T, block).T
-        quant[name] = w.astype(dtype)
+        # As trained: a turned float kernel meets turned float32 inputs.
+        quant[name] = w if block else w.astype(dtype)
         if weights:
           coder = lsq.Coder(weights, self.kernels, is_signed=True)
           step = learned.get(f'{site.path}/kernel_step')
@@ -158,7 +159,9 @@ class LearnedCore:
           start = f'{site.path}/{side}'
           step = learned[f'{start}_step']
           quant[f'{start}_scale'] = jnp.maximum(step, lsq.LEAST)
-          quant[f'{start}_zero'] = jnp.round(learned[f'{start}_zero'])
+          quant[f'{start}_zero'] = lsq.whole_zero(
+            learned[f'{start}_zero'], lsq.Coder(spec.acts)
+          )
     quant |= {
       path: x
       for path, x in learned.items()

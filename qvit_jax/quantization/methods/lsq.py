@@ -80,15 +80,24 @@ def encode(
   Args:
     x: Values.
     step: Distance of two levels, broadcast to x; unused by 'statsq'.
-    zero: Zero point, rounded here; unused by 'statsq'.
+    zero: Zero point, made whole here (`whole_zero`); unused by 'statsq'.
     coder: How.
   """
   x = x.astype(jnp.float32)
   if coder.method == 'statsq':
     return _statsq(x, coder.bits)
-  step, zero = jnp.maximum(step, LEAST), jnp.round(zero)
+  step, zero = jnp.maximum(step, LEAST), whole_zero(zero, coder)
   first, last = coder.ends
   return jnp.round(jnp.clip(x / step, first - zero, last - zero)), step
+
+
+def whole_zero(zero: Float[Array, '*s'], coder: Coder) -> Float[Array, '*s']:
+  """Returns the code that stands for 0: the nearest one to a zero point.
+
+  Bounded by the codes there are. Beyond them no value could be 0, and a code
+  minus the zero point could be larger than the dtype of products holds exactly.
+  """
+  return jnp.clip(jnp.round(zero), *coder.ends)
 
 
 def _statsq(w, bits: int):
@@ -113,7 +122,7 @@ def _is_inside(x, step, zero, coder: Coder):
   if coder.method == 'dynamic':
     return jnp.ones_like(x)
   first, last = coder.ends
-  ratio, zero = x / jnp.maximum(step, LEAST), jnp.round(zero)
+  ratio, zero = x / jnp.maximum(step, LEAST), whole_zero(zero, coder)
   return (first - zero <= ratio) & (ratio <= last - zero)
 
 
@@ -225,9 +234,9 @@ def coded_product(
   The gradient is the straight-through one: of x it is that of the product
   where x is within the range, else 0; of the step, per element, the rounding
   error in steps where x is inside and the last code outside; of the zero point
-  -step outside. Only the operands are kept for it and codes are made again, so
-  that training needs no more memory than in float; its products run in
-  `product.dtype`.
+  -step outside, but none that would move it further beyond the codes. Only the
+  operands are kept for it and codes are made again, so that training needs no
+  more memory than in float; its products run in `product.dtype`.
 
   Args:
     product: What is multiplied and rounded how.
@@ -349,13 +358,16 @@ def _operand_grads(x, codes, grad, how, coder: Coder | None):
     return inside * grad, jax.tree.map(jnp.zeros_like, how)
   step, shape = jnp.maximum(how[0], LEAST), how[0].shape
   passed = inside * grad
-  share, (_, last) = coder.share, coder.ends
+  share, (first, last) = coder.share, coder.ends
   if not coder.has_zero:
     # Signed codes have fewer above zero: a zero point in the middle says so.
     share *= jnp.sqrt(last / (last - how[1]))
   # Sums first, as a division of every element costs more than the rest.
   slope = _sum_to(grad * codes, shape) - _sum_to(passed * x, shape) / step
   shift = step * _sum_to(passed - grad, shape)
+  # A zero point beyond the codes is used as the last one: it may come back.
+  shift = jnp.where(jnp.round(how[1]) < first, jnp.minimum(shift, 0), shift)
+  shift = jnp.where(jnp.round(how[1]) > last, jnp.maximum(shift, 0), shift)
   return passed, (share * slope, share * shift)
 
 

@@ -117,6 +117,8 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
   """Returns (QTensor, or a float matrix; change of the bias or None)."""
   bits = plan.weights
   if bits is None:
+    if plan.block:
+      w = hadamard.turn_blocks(w.T, plan.block).T
     return w.astype(jnp.dtype(row.dtype)), None
   hessian = None
   if row.needs_hessians:
