@@ -74,6 +74,7 @@ def test_float_kernels_take_the_adapters_in(trained, tmp_path, capsys):
   assert all(name.startswith('params/') for name in names)
 
 
+@pytest.mark.slow
 def test_learned_steps_make_a_plain_quantized_model(tmp_path, capsys):
   """L4Q: what is merged and rounded is what training rounded."""
   config = lora_config('lsq', init='pissa')

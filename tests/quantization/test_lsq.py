@@ -364,7 +364,12 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
   ('recipe', 'quant', 'dtype'),
   [
     ('lsq', {}, 'float32'),
-    ('lsq', {'zero_point': False} | PER_POSITION, 'float32'),
+    pytest.param(
+      'lsq',
+      {'zero_point': False} | PER_POSITION,
+      'float32',
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       'lsq',
       {'default': 'w8a8', 'attention': 'a8'},
@@ -384,7 +389,12 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
       'bfloat16',
       marks=pytest.mark.slow,
     ),
-    ('lsq', {'act_granularity': 'per_token', 'hadamard': True}, 'bfloat16'),
+    pytest.param(
+      'lsq',
+      {'act_granularity': 'per_token', 'hadamard': True},
+      'bfloat16',
+      marks=pytest.mark.slow,
+    ),
     ('lsq', {'default': 'a8', 'hadamard': True}, 'bfloat16'),
     pytest.param(
       'lsq',

@@ -179,6 +179,7 @@ def test_the_stage_freeze_moves_what_is_near_a_boundary():
     assert (before[path] != after[path]).any()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_freeze_stage_resumes_bitwise(
   tmp_path, monkeypatch, capsys
 ):
@@ -216,6 +217,7 @@ def test_dampening_is_in_the_loss_and_in_the_metrics(tmp_path, capsys):
   assert f'dampen loss {damped["dampen_loss"]:.4f}' in out
 
 
+@pytest.mark.slow
 def test_dampening_draws_kernels_but_not_held_ones():
   config = config_of(**{'quant.recipe': 'lsq', 'quant.dampen': 0.01})
   _, (_, before, after), (_, tick) = two_steps(config, 'norms')

@@ -156,7 +156,12 @@ def test_rules_hold_at_every_choice_of_the_search(model):
 
 @pytest.mark.parametrize(
   'name',
-  ['int8_static', 'w4a4+plain', 'int8_weight_only', 'mixed_simple+plain'],
+  [
+    pytest.param('int8_static', marks=pytest.mark.slow),
+    'w4a4+plain',
+    'int8_weight_only',
+    'mixed_simple+plain',
+  ],
 )
 def test_packed_rows_carry_the_bits_of_rules(model, name):
   config, params = model

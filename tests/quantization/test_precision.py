@@ -223,6 +223,7 @@ def test_the_metrics_count_skipped_updates_and_leave_them_out(overflowed):
   assert lrs == pytest.approx([1e-5, float(rise(applied - 1))], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_bits(
   overflowed, tmp_path, monkeypatch, capsys
 ):

@@ -390,51 +390,6 @@ def read(place):
   return json.loads((place / 'results.json').read_text())
 
 
-def test_the_table_of_a_run(trained, tmp_path, capsys):
-  names = ('fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',
-           'int8_weight_only', 'int4_weight_only', 'w10a12', 'w4a4',
-           'w4a4+bias_correction')  # fmt: skip
-  config = ptq_config(trained, *names)
-  modes.run('ptq', config, str(tmp_path))
-  result = read(tmp_path)
-  assert [row['name'] for row in result['rows']] == list(names)
-  found = {row['name']: row for row in result['rows']}
-  float_row = found['fp32']
-  assert float_row['loss'] == pytest.approx(read(trained)['baseline']['loss'])
-  assert float_row['top1'] == read(trained)['baseline']['top1']
-  assert float_row['agreement'] == 1.0
-  assert result['baseline']['top1'] == float_row['top1']
-  kinds = {name: row['execution'] for name, row in found.items()}
-  assert kinds['fp32'] == kinds['bf16'] == 'float'
-  assert kinds['int8_static'] == kinds['w4a4'] == 'integer'
-  assert kinds['int8_weight_only'] == kinds['w10a12'] == 'simulated'
-  why = found['int8_weight_only']['why']
-  assert why.startswith('of 18 products: 14 of packed weights, dequantized')
-  assert found['int8_dynamic']['sqnr_db'] > 30 > found['w4a4']['sqnr_db'] > 5
-  assert found['int8_static']['sqnr_db'] > 25
-  assert found['int4_weight_only']['agreement'] > 0.9
-  for row in result['rows']:
-    assert row['num_examples'] == 360
-    assert row['latency_ms']['p10'] <= row['latency_ms']['median']
-    path = tmp_path / 'artifacts' / f'{row["name"]}.safetensors'
-    assert row['artifact_bytes'] == path.stat().st_size
-    assert 0 < row['artifact_bytes'] - row['size_bytes'] < 40_000  # the header
-  # No float copy of a kernel: matrices are integers or 1-d scales.
-  tensors = safetensors.numpy.load_file(
-    tmp_path / 'artifacts' / 'w4a4.safetensors'
-  )
-  assert not any(n.startswith('params') and 'kernel' in n for n in tensors)
-  kernels = [x for n, x in tensors.items() if n.endswith('kernel/data')]
-  assert {x.dtype.name for x in kernels} == {'uint8'}
-  assert len(kernels) == 14
-  out = capsys.readouterr().out
-  assert out.count('calibration: ranges of 40 images') == 2  # plain and turned
-  # The same command again measures nothing twice.
-  modes.run('ptq', config, str(tmp_path))
-  assert capsys.readouterr().out.count('done before') == len(names)
-  assert read(tmp_path)['rows'] == result['rows']
-
-
 def counted(monkeypatch, owner, name):
   """Returns a list that grows with every call of a function."""
   calls, known = [], getattr(owner, name)
@@ -447,23 +402,14 @@ def counted(monkeypatch, owner, name):
   return calls
 
 
-def test_a_rule_without_effect_stops_the_table_before_it_begins(
-  trained, tmp_path
-):
-  config = ptq_config(trained, 'w4a4+plain')
-  config.quant.rules = (('haed', 'w8a8'),)
-  with pytest.raises(RuleError, match="quant.rules.*'haed' matches nothing"):
-    modes.run('ptq', config, str(tmp_path))
-  assert not (tmp_path / 'calibration').exists()
-
-
-def test_the_report_shows_a_collapse_and_its_suspects(
-  trained, tmp_path, monkeypatch, capsys
-):
+def test_the_table_of_a_run(trained, tmp_path, monkeypatch, capsys):
+  """One table for all that is read of one: its rows, its report, its files."""
   drawn = counted(monkeypatch, findings, 'histograms')
   passes = counted(monkeypatch, ptq_table.Table, '_eval_batches')
-  config = ptq_config(trained, 'int8_static', 'int8_clip_95', 'w2a2+plain',
-                      'mixed_simple', 'mixed_sensitivity')  # fmt: skip
+  names = ('fp32', 'bf16', 'int8_dynamic', 'int8_static', 'int8_clip_95',
+           'int4_weight_only', 'w10a12', 'w4a4', 'w2a2+plain',
+           'mixed_sensitivity')  # fmt: skip
+  config = ptq_config(trained, *names)
   run = read(trained)
   run['baseline']['method'] = 'aqt'
   (tmp_path / 'qat').mkdir()
@@ -471,12 +417,61 @@ def test_the_report_shows_a_collapse_and_its_suspects(
   config.ptq.qat_runs = (str(tmp_path / 'qat'),)
   config.ptq.sensitivity_examples = 16
   modes.run('ptq', config, str(tmp_path))
-  assert len(drawn) == 1  # not again at every row
-  assert len(passes) == 5 + 2  # each row once, float and bfloat16 beside them
   out = capsys.readouterr().out
-  assert 'rule: ^patch_embed$ a8 (first layer), in rows of fewer bits' in out
   result = read(tmp_path)
+  assert [row['name'] for row in result['rows']] == list(names)
   found = {row['name']: row for row in result['rows']}
+  _check_numbers(found, read(trained)['baseline'], result)
+  _check_files(found, tmp_path)
+  _check_report(found, result, (tmp_path / 'report.html').read_text())
+  assert (tmp_path / 'figures' / 'accuracy_vs_size.png').stat().st_size > 5000
+  assert out.count('calibration: ranges of 40 images') == 2  # plain and turned
+  assert 'rule: ^patch_embed$ a8 (first layer), in rows of fewer bits' in out
+  assert len(drawn) == 1  # histograms are not drawn again at every row
+  assert len(passes) == len(names)  # each row reads the split once
+  # The same command again measures nothing twice.
+  modes.run('ptq', config, str(tmp_path))
+  assert capsys.readouterr().out.count('done before') == len(names)
+  assert read(tmp_path)['rows'] == result['rows']
+
+
+def _check_numbers(found, trained, result):
+  float_row = found['fp32']
+  assert float_row['loss'] == pytest.approx(trained['loss'])
+  assert float_row['top1'] == trained['top1'] == result['baseline']['top1']
+  assert float_row['agreement'] == 1.0
+  kinds = {name: row['execution'] for name, row in found.items()}
+  assert kinds['fp32'] == kinds['bf16'] == 'float'
+  assert kinds['int8_static'] == kinds['w4a4'] == 'integer'
+  assert kinds['int4_weight_only'] == kinds['w10a12'] == 'simulated'
+  why = found['int4_weight_only']['why']
+  assert why.startswith('of 18 products: 14 of packed weights, dequantized')
+  assert found['int8_dynamic']['sqnr_db'] > 30 > found['w4a4']['sqnr_db'] > 5
+  assert found['int8_static']['sqnr_db'] > 25
+  assert found['int4_weight_only']['agreement'] > 0.9
+  assert 4 <= found['mixed_sensitivity']['weight_bits'] <= 8
+  for row in found.values():
+    assert row['num_examples'] == 360
+    assert row['latency_ms']['p10'] <= row['latency_ms']['median']
+
+
+def _check_files(found, place):
+  for name, row in found.items():
+    path = place / 'artifacts' / f'{name}.safetensors'
+    assert row['artifact_bytes'] == path.stat().st_size
+    assert 0 < row['artifact_bytes'] - row['size_bytes'] < 40_000  # the header
+  # No float copy of a kernel: matrices are integers or 1-d scales.
+  tensors = safetensors.numpy.load_file(
+    place / 'artifacts' / 'w4a4.safetensors'
+  )
+  assert not any(n.startswith('params') and 'kernel' in n for n in tensors)
+  kernels = [x for n, x in tensors.items() if n.endswith('kernel/data')]
+  assert {x.dtype.name for x in kernels} == {'uint8'}
+  assert len(kernels) == 14
+
+
+def _check_report(found, result, page):
+  """It shows a collapse and its suspects."""
   fallen = found['w2a2+plain']
   assert fallen['collapsed']
   assert fallen['classes_predicted'] <= 10
@@ -484,10 +479,8 @@ def test_the_report_shows_a_collapse_and_its_suspects(
   worst = min(s['sqnr_db'] for s in fallen['sites'])
   assert f'{worst:.1f} dB' in fallen['suspects'][0]
   assert not found['int8_static']['collapsed']
-  page = (tmp_path / 'report.html').read_text()
   for text in ('collapsed', fallen['suspects'][0], 'int8_clip_95'):
     assert text in page
-  assert (tmp_path / 'figures' / 'accuracy_vs_size.png').stat().st_size > 5000
   assert [row['name'] for row in result['qat']] == ['qat']
   # One histogram for each operand of each kind; the ranges of static rows.
   kinds = {entry['kind'] for entry in result['histograms']}
@@ -497,10 +490,17 @@ def test_the_report_shows_a_collapse_and_its_suspects(
     assert set(entry['ranges']) == {'int8_static', 'int8_clip_95'}
     low, high = entry['ranges']['int8_clip_95']
     assert entry['edges'][0] <= low <= high <= entry['edges'][1]
-  mixed = found['mixed_sensitivity']
-  assert 4 <= mixed['weight_bits'] <= 8
-  assert found['mixed_simple']['execution'] == 'simulated'
   assert len(result['sensitivity']['sites']) == 18
+
+
+def test_a_rule_without_effect_stops_the_table_before_it_begins(
+  trained, tmp_path
+):
+  config = ptq_config(trained, 'w4a4+plain')
+  config.quant.rules = (('haed', 'w8a8'),)
+  with pytest.raises(RuleError, match="quant.rules.*'haed' matches nothing"):
+    modes.run('ptq', config, str(tmp_path))
+  assert not (tmp_path / 'calibration').exists()
 
 
 @pytest.mark.slow

@@ -431,9 +431,9 @@ def test_entropy_cuts_what_hardly_occurs():
   'method',
   [
     pytest.param('minmax', marks=pytest.mark.slow),
-    'percentile',
+    pytest.param('percentile', marks=pytest.mark.slow),
     'mse',
-    'entropy',
+    pytest.param('entropy', marks=pytest.mark.slow),
   ],
 )
 def test_positions_have_scales_of_their_own(method):

@@ -93,7 +93,11 @@ def trained_float(tmp_path_factory):
 # A stop inside a window of metrics, and one on a step with an evaluation.
 @pytest.mark.parametrize(
   ('recipe', 'step'),
-  [pytest.param('none', 3, marks=pytest.mark.slow), ('aqt', 1), ('aqt', 4)],
+  [
+    pytest.param('none', 3, marks=pytest.mark.slow),
+    ('aqt', 1),
+    pytest.param('aqt', 4, marks=pytest.mark.slow),
+  ],
 )
 def test_a_stopped_run_ends_in_the_same_bits(
   request, tmp_path, monkeypatch, recipe, step

@@ -264,7 +264,14 @@ def staged(tmp_path_factory):
 
 
 # On a boundary, inside a stage, on a boundary after one.
-@pytest.mark.parametrize('stops', [(2,), (5,), (1, 5)])
+@pytest.mark.parametrize(
+  'stops',
+  [
+    pytest.param((2,), marks=pytest.mark.slow),
+    pytest.param((5,), marks=pytest.mark.slow),
+    (1, 5),
+  ],
+)
 def test_a_stopped_run_goes_on_in_its_stage(
   staged, tmp_path, monkeypatch, capsys, stops
 ):
