@@ -432,6 +432,7 @@ def test_an_export_that_nothing_could_load_is_refused(layout, fields, part):
 )
 def test_transformers_finds_the_mlp_again(width, mlp_dim):
   shape = dict(width=width, mlp_dim=mlp_dim, depth=1, heads=2, patch=4,
-               image_size=8, norm_eps=1e-6, registers=0)  # fmt: skip
-  config = json.loads(hf_config(shape, 'hf_dinov2', 5))
+               image_size=8, norm_eps=1e-6, registers=0,
+               num_classes=5)  # fmt: skip
+  config = json.loads(hf_config(shape, {}, 'hf_dinov2'))
   assert int(config['hidden_size'] * config['mlp_ratio']) == mlp_dim
