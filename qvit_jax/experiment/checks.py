@@ -1,7 +1,6 @@
 """Whether what was found is of this model, these classes, this base."""
 
 import pathlib
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +22,9 @@ def check_classes(
   experiment: Experiment, there: Sequence[str], place: pathlib.Path
 ) -> None:
   """Raises CheckpointError where labels mean other classes than in training."""
-  here = experiment.data.class_names
-  # One name has two Unicode forms, and file systems choose.
   there, here = (
-    [unicodedata.normalize('NFC', name) for name in names]
-    for names in (there, here)
+    [weights.one_form(name) for name in names]
+    for names in (there, experiment.data.class_names)
   )
   if there == here:
     return

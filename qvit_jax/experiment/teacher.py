@@ -327,16 +327,28 @@ def _of_run(student: Experiment, path: str):
     for name in ('mean', 'std')
     if there[f'data.{name}'] != list(student.config.data[name])
   ]
-  there, here = run.class_names, list(student.data.class_names)
-  if there != here:
-    order, _ = weights.order_of(there, here)
-    if order not in (None, list(range(len(here)))):
-      raise ConfigError(
-        'it knows the same classes in another order, so its outputs would '
-        'teach the wrong ones; give a teacher trained on this data set'
-      )
-    notes.append('note: its classes have other names than those here')
+  notes += _compare_classes(run.class_names, student.data.class_names)
   return own, variables, digest, [f'{run.origin}, digests verified', *notes]
+
+
+def _compare_classes(there: Sequence[str], here: Sequence[str]) -> list[str]:
+  """Returns a note where a teacher's classes have other names.
+
+  Raises:
+    ConfigError: They are the student's in another order.
+  """
+  there, here = (
+    [weights.one_form(name) for name in names] for names in (there, here)
+  )
+  if there == here:
+    return []
+  order, _ = weights.order_of(there, here)
+  if order not in (None, list(range(len(here)))):
+    raise ConfigError(
+      'it knows the same classes in another order, so its outputs would '
+      'teach the wrong ones; give a teacher trained on this data set'
+    )
+  return ['note: its classes have other names than those here']
 
 
 def _of_weights(student: Experiment, path: str):
