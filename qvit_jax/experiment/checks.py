@@ -71,9 +71,9 @@ def check_same(model: Model, run: runs.Run, *, same_plan: bool) -> None:
       f'--mode=merge_lora and give WORKDIR/merged/NAME, or {how}'
     )
   lines = [
-    f'{name} is {there.get(name)} there, {value} here'
-    for name, value in here.items()
-    if there.get(name) != value
+    f'{name} is {there.get(name)} there, {here.get(name)} here'
+    for name in (*here, *(there.keys() - here.keys()))
+    if there.get(name) != here.get(name)
   ]
   if same_plan and model.frozen:
     here = config_lib.to_json(model.config)['lora']
