@@ -12,7 +12,9 @@ import pytest
 
 from qvit_jax import models, modes, tree
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
+from qvit_jax.experiment.teacher import Teacher
 from qvit_jax.ops import SiteDense
 from qvit_jax.quantization.ptq import rows
 from tests.conftest import ROOT, make_digits_config
@@ -85,6 +87,21 @@ def test_stem_and_head_are_the_first_and_the_last_layer():
   family = models.family(config)
   layers = [s.path for s in models.list_sites(config) if s.is_layer]
   assert (family.stem, family.head) == (layers[0], layers[-1])
+
+
+def test_maps_of_attention_are_compared_where_both_have_attention(flat):
+  config = make_digits_config()
+  for one in (config, flat):
+    one.update_from_flattened_dict({'quant.dgd': 0.5, 'train.teacher': 'RUN'})
+  first, second = (Experiment(c, training=True) for c in (config, flat))
+  for who, student, own in (
+    ('student', second, first),
+    ('student', second, second),
+    ('teacher', first, second),
+  ):
+    with pytest.raises(ConfigError, match=f'which the {who} has none') as error:
+      Teacher(student, own, {}, origin='', digest='')
+    assert '--config.quant.dgd=0' in str(error.value)
 
 
 @pytest.mark.parametrize('mode', ['train', 'sites', 'ptq'])
