@@ -219,7 +219,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
   is_local = path and '://' not in path
-  return str(pathlib.Path(path).expanduser().absolute()) if is_local else path
+  # Older versions kept ~ in a run's config.
+  expanded = pathlib.Path(config_lib.expand(path))
+  return str(expanded.absolute()) if is_local else path
 
 
 def _reads_alike(run: dict[str, Any], config: Any) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -261,10 +260,9 @@ def load_teacher(experiment: Experiment) -> Teacher:
     WeightsError: The weights do not fit, or bring no head for these classes.
   """
   path = experiment.config.train.teacher
-  place = pathlib.Path(path).expanduser()
   try:
-    if runs.kind_of(place) == 'run':
-      own, variables, digest, notes = _of_run(experiment, str(place))
+    if runs.kind_of(path) == 'run':
+      own, variables, digest, notes = _of_run(experiment, path)
     else:
       own, variables, digest, notes = _of_weights(experiment, path)
   except (ConfigError, CheckpointError, WeightsError) as error:

@@ -73,7 +73,7 @@ def open_workdir(path: str) -> pathlib.Path:
       f'--workdir={path} is no local path; remote storage is not supported, '
       'choose a local directory'
     )
-  workdir = pathlib.Path(os.path.expanduser(path)).absolute()
+  workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:

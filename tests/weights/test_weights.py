@@ -72,6 +72,12 @@ def shapes_of(config, channels=3):
   return jax.eval_shape(init, jax.random.key(0), images)['params']
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+  monkeypatch.setenv('HOME', str(FIXTURES))
+  _, report = load_weights('~/timm.safetensors', shapes_of(make_config()))
+  assert report.source.startswith(str(FIXTURES))
+
+
 @pytest.mark.parametrize('name', LAYOUTS)
 @pytest.mark.parametrize('size', ['', '_other'])
 def test_logits_are_those_of_the_library(name, size):
