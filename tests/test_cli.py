@@ -130,10 +130,10 @@ def test_a_workdir_is_needed_and_is_no_file(call, tmp_path):
   check_mistake(call(DIGITS, workdir=path / 'below'), 'choose a directory')
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(call, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert files.open_workdir('~/run') == tmp_path / 'run'
-  assert (tmp_path / 'run').is_dir()
+  done = call(DIGITS, '--mode=predict', workdir='~/run')
+  check_mistake(done, f'{tmp_path / "run"} holds no checkpoint')
 
 
 def test_a_workdir_in_use_names_its_owner(call, tmp_path):

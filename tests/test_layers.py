@@ -154,6 +154,14 @@ def test_configs_import_only_their_common_base():
     assert found == allowed, path
 
 
+def test_the_home_folder_is_found_in_one_place():
+  """Where a config is resolved; whoever reads a path later has a whole one."""
+  users = {
+    path for path, source in package_files().items() if 'expanduser' in source
+  }
+  assert users == {'config/resolve.py'}
+
+
 def test_no_module_is_called_utils():
   names = {path.split('/')[-1] for path in package_files()}
   assert not names & {'utils.py', 'common.py', 'helpers.py', 'misc.py'}

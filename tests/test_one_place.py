@@ -1,4 +1,4 @@
-"""A mode, method or solver is a file and a line; a field or row is a line."""
+"""A mode, method or solver is a file and a line; field, row, layout a line."""
 
 import pathlib
 import shutil
@@ -9,13 +9,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODE = "  Mode('hello', 'say hello to a person', 'hello:hello'),\n"
-FIELD = "  Field('log.person', 3, ZERO_UP, 'Who is greeted; >= 0.'),\n"
+FIELD = "  Field('eval.person', 3, ZERO_UP, 'Who is greeted; >= 0.'),\n"
 FILE = '''"""Mode `hello`."""
 
 
 def hello(config, workdir):
   """Prints a greeting."""
-  print('hello', config.log.person, 'in', workdir)
+  print('hello', config.eval.person, 'in', workdir)
 '''
 METHOD = '''"""Method `loud`, which rounds nothing but says so."""
 
@@ -33,6 +33,10 @@ from qvit_jax.quantization.ptq.solver import Solver
 
 SOLVER = Solver(lambda params, stream, observe, seed: {'x': params['x'] / 2})
 '''
+LAYOUT = """    'mine': KeyMap('My library', tuple(
+        Row(row.ours, row.theirs.replace('weight', 'w'), row.kind, row.part)
+        for row in _DINOV2)),
+"""
 LINES = {
   'modes/__init__.py': ('_TABLE = (\n', MODE),
   'config/sections/running.py': ('FIELDS = (\n', FIELD),
@@ -45,19 +49,22 @@ LINES = {
   'quantization/ptq/rows.py': (
     '  rows |= {\n', "    'int7_dynamic': _uniform('int7_dynamic', 7, 7),\n"
   ),
+  'weights/layouts.py': ('LAYOUTS = {\n', LAYOUT),
 }  # fmt: skip
 CALLS = """
 import main
 for argv in (
   ['--help'],
-  ['--help', 'log.person'],
+  ['--help', 'eval.person'],
   ['--config=configs/vit_folder.py', '--mode=hello', '--workdir=here',
-   '--config.log.person=5'],
+   '--config.eval.person=5'],
   ['--config=configs/vit_folder.py', '--mode=hello',
-   '--config.log.person=-1'],
+   '--config.eval.person=-1'],
   ['--config=configs/vit_folder.py', '--mode=helo'],
   ['--config=configs/vit_ti_digits_w4a4.py', '--mode=sites',
    '--config.quant.recipe=loud'],
+  ['--config=configs/vit_folder.py', '--mode=hello', '--workdir=here',
+   '--config.export.layout=mine'],
 ):
   print('exit code', main.main(['main.py', *argv]))
 
@@ -67,6 +74,21 @@ row = rows.parse_row('int7_dynamic+halve')
 print(row.method(), row.default, row.attention)
 observe = lambda done, params: {}
 print(apply.transform(row, {'x': np.float32(3)}, None, observe, seed=0))
+
+import jax
+from configs import common
+from qvit_jax import models, weights
+config = common.get_config()
+config.model.update(image_size=8, patch=4, width=8, depth=2, heads=2, mlp_dim=8)
+model = models.build_model(config)
+shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3)))
+params = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype)
+                      .reshape(x.shape), shapes['params'])
+tensors = weights.translate(params, 'mine')
+np.savez('mine.npz', **tensors)
+again, report = weights.load_weights('mine.npz', params)
+print(sorted(tensors)[0], 'in the layout of', report.layout, 'and back:',
+      jax.tree.all(jax.tree.map(np.array_equal, params, again)))
 """
 
 
@@ -90,24 +112,41 @@ def output(tmp_path_factory):
   (copy / 'qvit_jax/quantization/ptq/halve.py').write_text(SOLVER)
   for name, (before, line) in LINES.items():
     add_line(copy / 'qvit_jax' / name, before, line)
-  done = subprocess.run(
-    [sys.executable, '-c', CALLS],
-    cwd=copy,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 0, done.stderr
+  for call in (
+    ('-m', 'qvit_jax.config.listing', 'configs/common.py'),
+    ('-c', CALLS),
+  ):
+    done = subprocess.run(
+      [sys.executable, *call],
+      cwd=copy,
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+  done.page = (copy / 'configs/common.py').read_text()
   return done
 
 
 def test_a_mode_and_a_field_are_one_line_each(output):
   said = output.stdout
   assert '  hello        say hello to a person\n' in said
-  assert '  log.person = 3\n    Who is greeted; >= 0.\n' in said
+  assert '  eval.person = 3\n    Who is greeted; >= 0.\n' in said
   assert 'hello 5 in here\n' in said
   codes = [line for line in said.splitlines() if 'exit code' in line]
-  assert codes == [f'exit code {code}' for code in (0, 0, 0, 2, 2, 0)]
+  assert codes == [f'exit code {code}' for code in (0, 0, 0, 2, 2, 0, 0)]
+
+
+def test_one_command_lists_the_field_for_its_readers(output):
+  before = (ROOT / 'configs/common.py').read_text()
+  added = '  eval.person = 3\n    Who is greeted; >= 0.\n'
+  assert output.page.count(added) == 1
+  assert output.page.replace(added, '') == before
+
+
+def test_a_layout_is_one_row(output):
+  said = 'blocks.0.attn.proj.bias in the layout of My library and back: True\n'
+  assert said in output.stdout
 
 
 def test_a_method_a_solver_and_a_row_are_one_line_each(output):
@@ -119,5 +158,5 @@ def test_a_method_a_solver_and_a_row_are_one_line_each(output):
 
 def test_their_mistakes_are_one_line(output):
   wrong_value, wrong_mode = output.stderr.strip().splitlines()
-  assert 'log.person=-1 is not allowed; allowed: a number >= 0' in wrong_value
+  assert 'eval.person=-1 is not allowed; allowed: a number >= 0' in wrong_value
   assert 'hello' in wrong_mode

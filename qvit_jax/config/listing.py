@@ -1,11 +1,20 @@
-"""Fields as text: for `--help`, and for configs/common.py."""
+"""Fields as text: for `--help`, and for configs/common.py.
+
+  python -m qvit_jax.config.listing configs/common.py
+
+prints today's rows into the docstring of that page, for whoever reads it; the
+program itself works from the rows.
+"""
 
 import difflib
+import pathlib
+import runpy
+import sys
 import textwrap
 from typing import Any
 
 from qvit_jax.config.fields import Field
-from qvit_jax.config.resolve import FIELDS, RENAMED
+from qvit_jax.config.resolve import FIELDS, RENAMED, flatten
 from qvit_jax.errors import ConfigError
 
 SECTIONS = tuple(dict.fromkeys(field.section for field in FIELDS.values()))
@@ -92,3 +101,21 @@ def page(values: dict[str, Any]) -> str:
         found += lines(field, values[field.name])
     found.append('')
   return '\n'.join(found)
+
+
+def write(path: str) -> None:
+  """Puts the list of every field into the docstring of configs/common.py.
+
+  Args:
+    path: The file; its docstring ends with the list.
+  """
+  config = runpy.run_path(path)['get_config']()
+  file = pathlib.Path(path)
+  text = file.read_text()
+  start = text.index(f'\n{SECTIONS[0]}\n') + 1
+  end = text.index('\n"""\n')
+  file.write_text(text[:start] + page(flatten(config)).rstrip() + text[end:])
+
+
+if __name__ == '__main__':
+  write(sys.argv[1])

@@ -53,7 +53,7 @@ class Folder:
       DataError: There are no classes, one, or other ones in each split.
       ConfigError: A split is misspelt.
     """
-    self.root = os.path.realpath(os.path.expanduser(directory))
+    self.root = os.path.realpath(directory)
     self.notes: list[str] = []
     self._ignored: list[str] = []
     self._listed: dict[str, Files] = {}
@@ -305,7 +305,7 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
     DataError: The folder is missing or empty, or a split has none in it.
     ConfigError: A split is misspelt, or data.holdout has no effect.
   """
-  root = os.path.expanduser(data.dir)
+  root = data.dir
   check_folder('data.dir', root)
   train, evaluation = _parse(data.train_split), _parse(data.eval_split)
   folder = lambda split: os.path.join(root, split[0])

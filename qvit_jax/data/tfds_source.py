@@ -25,7 +25,7 @@ def open_builder(name: str, data_dir: str):
     DataError: The name is unknown, the set is neither here nor to be had, it
       is prepared in another format, or it has no image and class label.
   """
-  directory = os.path.expanduser(data_dir) or None
+  directory = data_dir or None
   try:
     builder = tfds.builder(name, data_dir=directory)
   except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:

@@ -241,7 +241,7 @@ def learned_start(
   """
   config, model = experiment.config, experiment.model
   folder, steps = config.quant.calibration_path, model.plan.act_granularity
-  path = pathlib.Path(folder).expanduser() / 'plain.safetensors'
+  path = pathlib.Path(folder) / 'plain.safetensors'
   facts = _read_facts(path) if path.is_file() else None
   if facts is None:
     raise QuantError(

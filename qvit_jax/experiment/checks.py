@@ -1,13 +1,12 @@
 """Whether what was found is of this model, these classes, this base."""
 
 import pathlib
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvit_jax import models, tree, weights
 from qvit_jax.config import resolve as config_lib
-from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
+from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization import METHODS
@@ -23,11 +22,9 @@ def check_classes(
   experiment: Experiment, there: Sequence[str], place: pathlib.Path
 ) -> None:
   """Raises CheckpointError where labels mean other classes than in training."""
-  here = experiment.data.class_names
-  # One name has two Unicode forms, and file systems choose.
   there, here = (
-    [unicodedata.normalize('NFC', name) for name in names]
-    for names in (there, here)
+    [weights.one_form(name) for name in names]
+    for names in (there, experiment.data.class_names)
   )
   if there == here:
     return
@@ -74,9 +71,9 @@ def check_same(model: Model, run: runs.Run, *, same_plan: bool) -> None:
       f'--mode=merge_lora and give WORKDIR/merged/NAME, or {how}'
     )
   lines = [
-    f'{name} is {there.get(name)} there, {value} here'
-    for name, value in here.items()
-    if there.get(name) != value
+    f'{name} is {there.get(name)} there, {here.get(name)} here'
+    for name in (*here, *(there.keys() - here.keys()))
+    if there.get(name) != here.get(name)
   ]
   if same_plan and model.frozen:
     here = config_lib.to_json(model.config)['lora']
@@ -129,27 +126,9 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
   """Returns a note for each thing that no tensor shows and that differs.
 
   Raises:
-    WeightsError: The number of heads differs.
+    WeightsError: The model would be another one.
   """
-  facts, model, notes = report.facts, config.model, []
-  heads = models.architecture(config)['heads']
-  if facts.get('heads', heads) != heads:
-    raise WeightsError(
-      f'weights {report.source} have {facts["heads"]} attention heads, the '
-      f'model {heads}; set --config.model.heads={facts["heads"]} (with '
-      '--config.model.size= and the other numbers) or choose other weights'
-    )
-  if 'heads' not in facts:
-    notes.append(f'the file does not tell its attention heads: {heads} assumed')
-  there, here = facts.get('norm_eps'), model.norm_eps
-  if there is not None and there != here:
-    notes.append(
-      f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal logits '
-      f'set --config.model.norm_eps={there:g}'
-    )
-  there, here = facts.get('pool'), model.pool
-  if there is not None and there != here:
-    notes.append(f'model.pool was {there} there, {here} here')
+  facts, notes = report.facts, report.compare(models.architecture(config))
   for name in ('mean', 'std'):
     there, here = facts.get(name), list(config.data[name])
     if there is not None and there != here:

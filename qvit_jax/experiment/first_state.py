@@ -1,7 +1,7 @@
 """The state that a training starts from; `sources` has the order."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,17 @@ _EVALUATED = {
 
 
 def initial_state(
-  experiment: Experiment, own: checkpoint.Checkpoints
+  experiment: Experiment,
+  own: checkpoint.Checkpoints,
+  *,
+  is_read: Callable[[str], bool] = lambda field: True,
 ) -> tuple[TrainState, Progress, list[str]]:
   """Returns the state to start from, its progress, and lines that say whence.
+
+  Args:
+    experiment: Built for training.
+    own: Of the workdir.
+    is_read: Whether the mode reads a field; others may change unsaid.
 
   Raises:
     CheckpointError: The checkpoint is damaged or of another model.
@@ -42,7 +50,7 @@ def initial_state(
   """
   latest = own.latest()
   if latest is not None:
-    return _resume(experiment, own, latest)
+    return _resume(experiment, own, latest, is_read)
   state, lines = _begin(experiment, own.directory.parent)
   return state, Progress(), lines
 
@@ -141,7 +149,10 @@ def _is_same_recipe(model: Model, run: runs.Run) -> bool:
 
 
 def _resume(
-  experiment: Experiment, own: checkpoint.Checkpoints, step: int
+  experiment: Experiment,
+  own: checkpoint.Checkpoints,
+  step: int,
+  is_read: Callable[[str], bool],
 ) -> tuple[TrainState, Progress, list[str]]:
   """Returns what a run goes on from: its state, progress, and lines."""
   run = runs.open_run(own.directory / str(step))
@@ -182,6 +193,7 @@ def _resume(
   lines += [
     f'changed since: {name} {before!r} -> {here!r}'
     for name, (before, here) in changed.items()
+    if is_read(name)
   ]
   if run.facts.get('data_digest', '') != experiment.data.digest:
     lines.append('changed since: the files of the data set')

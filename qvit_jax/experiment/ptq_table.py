@@ -1,7 +1,6 @@
 """What `--mode=ptq` runs: every row, packed, measured beside float."""
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,8 @@ class Table:
     self._check_mixed()
 
   def _check_mixed(self) -> None:
-    """Refuses choices and budgets before hours of other rows."""
+    """Refuses choices, budgets and a damaged file before hours of rows."""
+    sensitivity.ranked(self.place, self._digest)
     if any(row.mixed == 'mixed_sensitivity' for row in self.rows):
       sensitivity.Sensitivity(
         self.experiment, self.params, self.place, self.say
@@ -164,17 +164,8 @@ class Table:
 
   def _done_rows(self) -> dict[str, dict[str, Any]]:
     """Returns the rows of an earlier run of the same config."""
-    path = self.place / 'results.json'
-    if not path.is_file():
-      return {}
-    try:
-      old = json.loads(path.read_text(encoding='utf-8'))
-      digests = old.get('row_digest'), old.get('weights_digest')
-    except (ValueError, AttributeError) as error:
-      raise ConfigError(
-        f'{path} is no table of rows ({type(error).__name__}); delete it and '
-        'run the same command again'
-      ) from error
+    old = files.read_json(self.place / 'results.json', 'table of rows') or {}
+    digests = old.get('row_digest'), old.get('weights_digest')
     # Other weights: trained further since.
     if digests != (self._row_digest(), self._digest):
       return {}
@@ -206,7 +197,6 @@ class Table:
 
   def _write(self, baseline, rows) -> dict[str, Any]:
     content = report.results(config_lib.to_json(self.config), baseline, rows)
-    table = self.place / 'sensitivity.json'
     names = {row['name'] for row in rows}
     content |= {
       # Of an earlier run, not asked for or not reached yet.
@@ -218,7 +208,7 @@ class Table:
       'qat': self.qat,
       'curve': self.curve,
       'histograms': self._drawn(),
-      'sensitivity': sensitivity.ranked(table, self._digest),
+      'sensitivity': sensitivity.ranked(self.place, self._digest),
     }
     files.write_json(self.place / 'results.json', content)
     return content

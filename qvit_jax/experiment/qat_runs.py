@@ -1,7 +1,6 @@
 """Accuracy against bits by training: which runs, their points."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -188,25 +187,21 @@ def _record(here: pathlib.Path, run: Run, digest: str) -> dict[str, Any]:
     ConfigError: The folder's run is another one.
   """
   wanted = _settings(config_lib.to_json(run.config))
-  path = here / _RECORD
-  if not path.is_file():
-    return {'settings': wanted, 'weights_digest': digest, 'point': None}
+  fresh = {'settings': wanted, 'weights_digest': digest, 'point': None}
   advice = 'delete that folder or choose another workdir'
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-    there, same = found['settings'], found['weights_digest'] == digest
-    found['point']  # noqa: B018 - a record lacks none of the three
-  except (ValueError, KeyError, TypeError) as error:
-    raise ConfigError(
-      f'{path} is no record of a run ({type(error).__name__}); {advice}'
-    ) from error
+  found = files.read_json(
+    here / _RECORD, 'record of a run', tuple(fresh), advice=advice
+  )
+  if found is None:
+    return fresh
+  there = found['settings']
   for name, value in wanted.items():
     if there.get(name) != value:
       raise ConfigError(
         f'{here} was trained with {name}={there.get(name)!r}, not {value!r}; '
         f'set it back, {advice}'
       )
-  if not same:
+  if found['weights_digest'] != digest:
     raise ConfigError(f'{here} was trained from other float weights; {advice}')
   return found
 
@@ -224,7 +219,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
   is_local = path and '://' not in path
-  return str(pathlib.Path(path).expanduser().absolute()) if is_local else path
+  # Older versions kept ~ in a run's config.
+  expanded = pathlib.Path(config_lib.expand(path))
+  return str(expanded.absolute()) if is_local else path
 
 
 def _reads_alike(run: dict[str, Any], config: Any) -> bool:

@@ -4,7 +4,6 @@ The table is the input of the search for bits in `mixed_precision`.
 """
 
 import collections
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
-from qvit_jax.errors import ConfigError, DivergedError
+from qvit_jax.errors import DivergedError
 from qvit_jax.evaluation.metrics import compare_logits
 from qvit_jax.experiment import calibration
 from qvit_jax.experiment.experiment import Experiment
@@ -32,7 +31,7 @@ _FILE = 'sensitivity.json'
 # What decides the images; augmentation is of training alone.
 _DATA = ('source', 'name', 'dir', 'train_split', 'mean', 'std', 'resize')
 # What has to be equal for an earlier table to be gone on with.
-_SAME = ('config_digest', 'weights_digest', 'examples', 'choices', 'rules')
+_SAME = ('config_digest', 'weights_digest', 'examples', 'choices')
 
 
 def measure(
@@ -149,18 +148,12 @@ class Sensitivity:
       'rules': [list(rule) for rule in self.config.quant.rules],
       'sites': [],
     }
-    if not self.path.is_file():
+    keys = (*_SAME, 'sites')
+    old = files.read_json(self.path, 'table of sites', keys)
+    if old is None:
       return fresh
-    try:
-      old = json.loads(self.path.read_text(encoding='utf-8'))
-      old = {'rules': [], **old}  # which did not count once
-      same = all(old[name] == fresh[name] for name in _SAME)
-    except (ValueError, KeyError, TypeError) as error:
-      raise ConfigError(
-        f'{self.path} is no table of sites ({type(error).__name__}); delete it '
-        'and run the same command again'
-      ) from error
-    if same:
+    old = {'rules': [], **old}  # which did not count once
+    if all(old[name] == fresh[name] for name in (*_SAME, 'rules')):
       return old
     self.say(f'{self.path.name} is of another model, data or choices: anew')
     return fresh
@@ -227,22 +220,23 @@ def products(config: Any, sites: Sequence[Site]) -> plans.Products:
   return plans.Products(tuple(sites), stem, config.quant.rules)
 
 
-def ranked(path: pathlib.Path, weights_digest: str) -> dict[str, Any] | None:
-  """Returns the first choice of a file's table, most sensitive site first.
+def ranked(place: pathlib.Path, weights_digest: str) -> dict[str, Any] | None:
+  """Returns the first choice of a table, most sensitive site first.
 
   Args:
-    path: Of a sensitivity.json.
+    place: The workdir.
     weights_digest: Of the weights that it has to be of.
 
   Returns:
     {'spec': choice, 'sites': [{path, kind, macs, sqnr_db, agreement, kl,
     noise}]}; None where there is no such table.
+
+  Raises:
+    ConfigError: Its file is damaged.
   """
-  try:
-    table = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return None
-  if table.get('weights_digest') != weights_digest:
+  keys = ('sites', 'choices')
+  table = files.read_json(place / _FILE, 'table of sites', keys)
+  if table is None or table.get('weights_digest') != weights_digest:
     return None
   first = table['choices'][0]
   keys = ('path', 'kind', 'macs')

@@ -103,7 +103,7 @@ def open_packed(config: Any) -> Packed | None:
     )
   if not is_packed:
     kind = 'does not exist'
-    if pathlib.Path(path).expanduser().exists():
+    if pathlib.Path(path).exists():
       kind = 'is no packed model, or a damaged one'
     raise ConfigError(
       f"quant.recipe='ptq', but checkpoint.path={path!r} {kind}; {make}, or "
@@ -139,7 +139,7 @@ def _class_names_of_weights(config: Any) -> list[str]:
   path = weights.resolve(config.weights.path)[0]
   if runs.kind_of(path) == 'run':
     return runs.open_run(path, field='weights.path').class_names
-  source = weights.open_source(pathlib.Path(path).expanduser())
+  source = weights.open_source(pathlib.Path(path))
   names = source.facts.get('class_names', [])
   return names if len(names) == config.model.num_classes else []
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -261,10 +260,9 @@ def load_teacher(experiment: Experiment) -> Teacher:
     WeightsError: The weights do not fit, or bring no head for these classes.
   """
   path = experiment.config.train.teacher
-  place = pathlib.Path(path).expanduser()
   try:
-    if runs.kind_of(place) == 'run':
-      own, variables, digest, notes = _of_run(experiment, str(place))
+    if runs.kind_of(path) == 'run':
+      own, variables, digest, notes = _of_run(experiment, path)
     else:
       own, variables, digest, notes = _of_weights(experiment, path)
   except (ConfigError, CheckpointError, WeightsError) as error:
@@ -327,16 +325,28 @@ def _of_run(student: Experiment, path: str):
     for name in ('mean', 'std')
     if there[f'data.{name}'] != list(student.config.data[name])
   ]
-  there, here = run.class_names, list(student.data.class_names)
-  if there != here:
-    order, _ = weights.order_of(there, here)
-    if order not in (None, list(range(len(here)))):
-      raise ConfigError(
-        'it knows the same classes in another order, so its outputs would '
-        'teach the wrong ones; give a teacher trained on this data set'
-      )
-    notes.append('note: its classes have other names than those here')
+  notes += _compare_classes(run.class_names, student.data.class_names)
   return own, variables, digest, [f'{run.origin}, digests verified', *notes]
+
+
+def _compare_classes(there: Sequence[str], here: Sequence[str]) -> list[str]:
+  """Returns a note where a teacher's classes have other names.
+
+  Raises:
+    ConfigError: They are the student's in another order.
+  """
+  there, here = (
+    [weights.one_form(name) for name in names] for names in (there, here)
+  )
+  if there == here:
+    return []
+  order, _ = weights.order_of(there, here)
+  if order not in (None, list(range(len(here)))):
+    raise ConfigError(
+      'it knows the same classes in another order, so its outputs would '
+      'teach the wrong ones; give a teacher trained on this data set'
+    )
+  return ['note: its classes have other names than those here']
 
 
 def _of_weights(student: Experiment, path: str):

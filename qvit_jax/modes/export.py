@@ -39,16 +39,14 @@ def write_weights(
   tensor_files.save_tensors(tensors, target, form=kind.format)
   stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
   stale.remove(target.name)
-  if kind.layout.startswith('hf'):
+  if weights.LAYOUTS[kind.layout].transformers:
     text = weights.hf_config(
-      shape, kind.layout, config.model.num_classes,
-      class_names=facts.get('class_names', ()),
-      qkv_bias=any('query.bias' in name for name in tensors),
-    )  # fmt: skip
+      shape, tensors, kind.layout, class_names=facts.get('class_names', ())
+    )
     files.write_text(target.with_name('config.json'), text)
     stale.remove('config.json')
   else:
-    for line in _how_to_build(kind.layout, shape, tensors, facts['norm_eps']):
+    for line in weights.how_to_build(shape, tensors, kind.layout):
       say(f'note: {line}')
   for name in stale:  # of an export in another layout or format
     target.with_name(name).unlink(missing_ok=True)
@@ -68,27 +66,10 @@ def write_weights(
   )
 
 
-def _how_to_build(
-  layout: str,
-  shape: dict[str, Any],
-  tensors: dict[str, np.ndarray],
-  norm_eps: float,
-) -> list[str]:
-  """Returns lines on how the layout's library takes the file."""
-  usual, lines = weights.LAYOUTS[layout].norm_eps, []
-  if layout == 'timm':
-    arguments = weights.timm_arguments(shape, tensors).items()
-    text = ', '.join(f'{name}={value!r}' for name, value in arguments)
-    lines.append(f'it fits timm.models.VisionTransformer({text})')
-  if norm_eps != usual:
-    lines.append(f'build it with LayerNorm epsilon {norm_eps:g}, not {usual:g}')
-  return lines
-
-
 def _read(
   model: Model, place: pathlib.Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the parameters by path, and facts: `norm_eps`, class names."""
+  """Returns the parameters by path, and what else is known of them."""
   config = model.config
   source = sources.find(config, place)
   path, has_own = source.path, runs.has_steps(place)
@@ -115,7 +96,7 @@ def _read(
       f'{path} was trained with norm_eps={there:g}, the model here has '
       f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
     )
-  return params, {**report.facts, 'norm_eps': there}
+  return params, report.facts
 
 
 def export(config: Any, workdir: str) -> None:

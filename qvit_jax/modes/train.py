@@ -11,7 +11,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data
 from qvit_jax.experiment import first_state, sources
 from qvit_jax.experiment.experiment import Experiment, schedule_line
-from qvit_jax.modes import session
+from qvit_jax.modes import MODES, session
 from qvit_jax.modes.session import say
 from qvit_jax.store import adapters, files, runs
 from qvit_jax.store.checkpoint import Checkpoints
@@ -44,7 +44,9 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       multihost_utils.sync_global_devices('checkpoints')
     if experiment.model.frozen and checkpoints.latest() is None:
       adapters.check_free(config, place)
-    state, progress, origin = first_state.initial_state(experiment, checkpoints)
+    state, progress, origin = first_state.initial_state(
+      experiment, checkpoints, is_read=is_read
+    )
     for line in origin:
       say(f'start     {line}')
     session.add_teacher(experiment)
@@ -63,6 +65,11 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       f'best top1 {progress.best["top1"]:.4f} at step {progress.best_step}; '
       f'results in {place / "results.json"}'
     )
+
+
+def is_read(field: str) -> bool:
+  """Returns whether a field counts here: of others no change is told."""
+  return not MODES['train'].ignores_field(field)
 
 
 def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:

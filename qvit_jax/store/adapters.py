@@ -19,7 +19,7 @@ KEY = 'qvit_jax_adapter'
 
 def path_of(config: Any, workdir: pathlib.Path) -> pathlib.Path:
   """Returns the file that `lora.path` and `lora.name` mean."""
-  folder = config.lora.path and pathlib.Path(config.lora.path).expanduser()
+  folder = config.lora.path and pathlib.Path(config.lora.path)
   return (folder or workdir / 'adapters') / f'{config.lora.name}.safetensors'
 
 

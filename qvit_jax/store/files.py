@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.errors import ConfigError
@@ -30,6 +31,35 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=1) + '\n')
 
 
+def read_json(
+  path: pathlib.Path,
+  what: str,
+  keys: Sequence[str] = (),
+  *,
+  advice: str = 'delete it and run the same command again',
+) -> dict[str, Any] | None:
+  """Returns the object in a JSON file of a workdir; None where there is none.
+
+  Args:
+    path: Of the file.
+    what: Phrase: what it has to be.
+    keys: What the object has to hold.
+    advice: What to do where it is not that.
+
+  Raises:
+    ConfigError: It is damaged or something else.
+  """
+  if not path.is_file():
+    return None
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    return {**found, **{key: found[key] for key in keys}}
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f'{path} is no {what} ({type(error).__name__}); {advice}'
+    ) from error
+
+
 def open_workdir(path: str) -> pathlib.Path:
   """Returns the workdir as an absolute path, made if it was not there.
 
@@ -43,7 +73,7 @@ def open_workdir(path: str) -> pathlib.Path:
       f'--workdir={path} is no local path; remote storage is not supported, '
       'choose a local directory'
     )
-  workdir = pathlib.Path(os.path.expanduser(path)).absolute()
+  workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:

@@ -188,7 +188,7 @@ class Run:
 
 def kind_of(path: str | pathlib.Path) -> str:
   """Returns 'run', 'packed' or 'adapter' by content; '' for anything else."""
-  place = pathlib.Path(path).expanduser()
+  place = pathlib.Path(path)
   with contextlib.suppress(OSError, ValueError):  # said when it is opened
     if path and place.is_file():
       keys = tensors.read_metadata(place).keys()
@@ -231,7 +231,7 @@ def open_run(
   Raises:
     CheckpointError: There is nothing of ours, or it is damaged.
   """
-  place = pathlib.Path(path).expanduser()
+  place = pathlib.Path(path)
   kind = kind_of(place)
   if kind == 'adapter':
     return open_adapter(place)
@@ -286,7 +286,7 @@ def finished(path: str | pathlib.Path) -> Finished:
   Raises:
     CheckpointError: There are none, or they cannot be read.
   """
-  place = pathlib.Path(path).expanduser()
+  place = pathlib.Path(path)
   try:
     results = json.loads(_text(place / 'results.json') or '{}')
     config = json.loads(_text(place / 'config.json') or 'null')

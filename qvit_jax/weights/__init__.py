@@ -1,15 +1,20 @@
 """Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.containers import open_source
-from qvit_jax.weights.facts import order_of
+from qvit_jax.weights.facts import one_form, order_of
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.load import load_weights, read_weights, resolve
 from qvit_jax.weights.report import Report
-from qvit_jax.weights.save import hf_config, timm_arguments, translate
+from qvit_jax.weights.save import (
+  hf_config,
+  how_to_build,
+  timm_arguments,
+  translate,
+)
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'load_weights',
-    'open_source', 'order_of', 'read_weights', 'resolve', 'timm_arguments',
-    'translate',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'how_to_build',
+    'load_weights', 'one_form', 'open_source', 'order_of', 'read_weights',
+    'resolve', 'timm_arguments', 'translate',
 ]  # fmt: skip

@@ -49,13 +49,11 @@ class Comparison:
     if names:
       self.ours = names.ours
       source.facts.setdefault('norm_eps', names.layout.norm_eps)
-      if (
-        names.key == 'google'
-        and 'encoder/block_00/attn/query/bias' in names.ours
-      ):
-        bias = self.shape('encoder/block_00/attn/query/bias')
-        if len(bias) == 2:  # else refused below
-          source.facts.setdefault('heads', bias[0])
+      bias = names.ours.get('encoder/block_00/attn/query/bias')
+      if bias and bias[0].kind == 'same':  # its axes are ours: heads, channels
+        shape = source.entries[bias[1]].shape
+        if len(shape) == 2:  # else refused below
+          source.facts.setdefault('heads', shape[0])
     else:
       self.ours = {
         name: (Row(name, name, 'same'), name) for name in source.entries

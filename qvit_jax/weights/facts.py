@@ -274,5 +274,12 @@ def order_of(
 
 
 def _plain(name: str) -> str:
-  name = unicodedata.normalize('NFC', name).casefold()
-  return re.sub(r'[\s_-]+', ' ', name).strip()
+  return re.sub(r'[\s_-]+', ' ', one_form(name).casefold()).strip()
+
+
+def one_form(name: str) -> str:
+  """Returns the one of a class name's two Unicode forms that is compared.
+
+  File systems choose between them, so names that differ in it are one class.
+  """
+  return unicodedata.normalize('NFC', name)

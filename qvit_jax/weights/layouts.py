@@ -50,6 +50,8 @@ class KeyMap:
     biases: Whether its queries, keys and values always have biases.
     has_scales: Whether they all have LayerScale.
     register_prefix: The prefix that is written with registers, if another.
+    transformers: How the names of its classes in transformers begin, where that
+      is its library, which wants a config.json.
   """
 
   title: str
@@ -67,6 +69,7 @@ class KeyMap:
   biases: bool = False
   has_scales: bool = False
   register_prefix: str = ''
+  transformers: str = ''
 
   def spell(self, name: str) -> str:
     """Returns a tensor name in the spelling of the rows."""
@@ -254,6 +257,7 @@ LAYOUTS = {
         aliases=_HF_VIT_IN_MEMORY,
         resize='torch',
         norm_eps=1e-12,
+        transformers='ViT',
     ),
     'hf_deit': KeyMap(
         'HuggingFace DeiT',
@@ -270,6 +274,7 @@ LAYOUTS = {
         resize='torch',
         norm_eps=1e-12,
         registers=1,
+        transformers='DeiT',
     ),
     'hf_dinov2': KeyMap(
         'HuggingFace DINOv2',
@@ -295,6 +300,7 @@ LAYOUTS = {
         registers=None,
         has_scales=True,
         register_prefix='dinov2_with_registers.',
+        transformers='Dinov2',
     ),
     'torchvision': KeyMap(
         'torchvision',

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qvit_jax import tree
+from qvit_jax.config.resolve import expand
 from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.store import runs
 from qvit_jax.store.entries import Entry, Source, printable, refuse
@@ -61,7 +62,7 @@ def load_weights(path: str, target: Any) -> tuple[Any, Report]:
 def resolve(path: str) -> tuple[str, str]:
   """Returns (local path, address with the commit pinned) of a weights path."""
   if not path.startswith(hub.PREFIX):
-    return path, path
+    return expand(path), path
   fetched = hub.fetch(path)
   return str(fetched.folder), fetched.pinned
 
@@ -76,7 +77,7 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
     raise WeightsError('no weights were named; set --config.weights.path=')
   local, _ = resolve(path)
   wanted = tree.flatten(params)
-  place = pathlib.Path(local).expanduser()
+  place = pathlib.Path(local)
   kind = runs.kind_of(place)
   if kind == 'run':
     return Import(_own_source(str(place)), wanted, None).run()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from qvit_jax.errors import WeightsError
 from qvit_jax.weights.keymap import collapse
 
 
@@ -38,6 +39,37 @@ class Report:
   mis_shaped: dict[str, str] = dataclasses.field(default_factory=dict)
   notes: list[str] = dataclasses.field(default_factory=list)
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def compare(self, shape: dict[str, Any]) -> list[str]:
+    """Returns a note for each thing of a model that no tensor shows.
+
+    Args:
+      shape: As `models.architecture` gives it.
+
+    Raises:
+      WeightsError: The number of heads differs.
+    """
+    facts, heads, notes = self.facts, shape['heads'], []
+    if facts.get('heads', heads) != heads:
+      raise WeightsError(
+        f'weights {self.source} have {facts["heads"]} attention heads, the '
+        f'model {heads}; set --config.model.heads={facts["heads"]} (with '
+        '--config.model.size= and the other numbers) or choose other weights'
+      )
+    if 'heads' not in facts:
+      notes.append(
+        f'the file does not tell its attention heads: {heads} assumed'
+      )
+    there, here = facts.get('norm_eps'), shape['norm_eps']
+    if there is not None and there != here:
+      notes.append(
+        f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal '
+        f'logits set --config.model.norm_eps={there:g}'
+      )
+    there, here = facts.get('pool'), shape['pool']
+    if there is not None and there != here:
+      notes.append(f'model.pool was {there} there, {here} here')
+    return notes
 
   def lines(self) -> list[str]:
     """Returns the report for the terminal."""

@@ -178,27 +178,44 @@ def timm_arguments(
   }
 
 
+def how_to_build(
+  shape: dict[str, Any], tensors: dict[str, np.ndarray], layout: str
+) -> list[str]:
+  """Returns lines on how the layout's library takes an export.
+
+  Args:
+    shape: As `models.architecture` gives it.
+    tensors: Of `translate`.
+    layout: Key of LAYOUTS.
+  """
+  here, usual, lines = shape['norm_eps'], LAYOUTS[layout].norm_eps, []
+  if layout == 'timm':
+    arguments = timm_arguments(shape, tensors).items()
+    text = ', '.join(f'{name}={value!r}' for name, value in arguments)
+    lines.append(f'it fits timm.models.VisionTransformer({text})')
+  if here != usual:
+    lines.append(f'build it with LayerNorm epsilon {here:g}, not {usual:g}')
+  return lines
+
+
 def hf_config(
   shape: dict[str, Any],
+  tensors: dict[str, np.ndarray],
   layout: str,
-  classes: int,
   *,
   class_names: Sequence[str] = (),
-  qkv_bias: bool = True,
 ) -> str:
   """Returns the config.json with which transformers opens an export.
 
   Args:
-    shape: Our fields: width, depth, heads, mlp_dim, patch, image_size,
-      norm_eps, registers.
-    layout: 'hf', 'hf_deit' or 'hf_dinov2'.
-    classes: Outputs of the head.
-    class_names: Theirs, by label; numbers stand for them otherwise.
-    qkv_bias: Whether queries, keys and values have biases.
+    shape: As `models.architecture` gives it.
+    tensors: Of `translate`.
+    layout: Key of LAYOUTS, one of transformers.
+    class_names: By label; numbers stand for them otherwise.
   """
-  class_names = class_names or [str(i) for i in range(classes)]
-  kind = {'hf': 'vit', 'hf_deit': 'deit', 'hf_dinov2': 'dinov2'}[layout]
-  name = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}[kind]
+  class_names = class_names or [str(i) for i in range(shape['num_classes'])]
+  name = LAYOUTS[layout].transformers
+  kind = name.lower()
   if kind == 'dinov2' and shape['registers']:
     kind, name = 'dinov2_with_registers', 'Dinov2WithRegisters'
   config = {
@@ -207,7 +224,7 @@ def hf_config(
       'num_attention_heads': shape['heads'], 'hidden_act': 'gelu',
       'image_size': shape['image_size'], 'patch_size': shape['patch'],
       'num_channels': 3, 'layer_norm_eps': shape['norm_eps'],
-      'qkv_bias': qkv_bias,
+      'qkv_bias': any('query.bias' in name for name in tensors),
       'id2label': {str(i): name for i, name in enumerate(class_names)},
       'label2id': {name: i for i, name in enumerate(class_names)},
   }  # fmt: skip

@@ -43,7 +43,7 @@ def test_common_lists_every_field_as_help_does():
   values = config_lib.flatten(common.get_config())
   page = listing.page(values).rstrip()
   text = (ROOT / 'configs/common.py').read_text()
-  assert page in text, 'put what listing.page() returns there'
+  assert page in text, 'run: ' + listing.__doc__.splitlines()[2].strip()
   for field in config_lib.FIELDS.values():
     assert len(field.text) > 10, field.name
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import itertools
-import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from qvit_jax.data import batches, digits, find_data, open_data, preprocess
+from qvit_jax.data import batches, digits, open_data, preprocess
 from qvit_jax.data.batches import ResidentSplit, StreamedSplit
 from qvit_jax.data.order import Order, numbers_of
 from qvit_jax.errors import ConfigError, DataError
@@ -547,11 +547,19 @@ def cifar_config(cifar_dir):
   return config
 
 
-def test_a_tilde_is_the_home_folder(cifar_config, monkeypatch):
-  home, name = os.path.split(cifar_config.data.dir)
-  monkeypatch.setenv('HOME', home)
-  cifar_config.data.dir = f'~/{name}'
-  find_data(cifar_config)
+def test_numbers_say_which_records_of_cifar100_they_are_of(cifar_config):
+  def evaluated(split, count):
+    cifar_config.data.eval_split = split
+    cifar_config.eval.num_examples = count
+    return open_data(cifar_config, training=False).evaluated
+
+  test = evaluated('test', 20)
+  assert (test['split'], test['data']['name']) == ('test', 'cifar100')
+  assert re.fullmatch('[0-9a-f]{16}', test['data']['digest'])
+  assert evaluated('test', 20) == test
+  others = [test, evaluated('test', 30), evaluated('train', 20),
+            evaluated('test[50%:]', 20)]  # fmt: skip
+  assert len({other['data']['digest'] for other in others}) == 4
 
 
 def test_cifar100_evaluation_split_is_whole(cifar_config):

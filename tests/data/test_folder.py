@@ -98,13 +98,6 @@ def test_sites_never_look_at_the_folder(folder_config, capsys):
   assert 'patch_embed' in capsys.readouterr().out
 
 
-def test_a_tilde_is_the_home_folder(folder_config, tmp_path, monkeypatch):
-  make_folder(tmp_path / 'set')
-  monkeypatch.setenv('HOME', str(tmp_path))
-  folder_config.data.dir = '~/set'
-  assert opened(folder_config).train.size == 8
-
-
 def test_hidden_and_other_files_are_counted(folder_config, tmp_path):
   root = make_folder(tmp_path / 'set')
   for name in ('.DS_Store', 'Thumbs.db', 'notes.txt', '._000.png'):

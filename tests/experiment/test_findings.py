@@ -106,6 +106,17 @@ def test_runs_evaluated_on_other_images_are_refused(tmp_path, fields, message):
   assert '--config.eval.num_examples=0' in text
 
 
+def test_a_run_evaluated_before_its_data_changed_is_refused(tmp_path):
+  config, here = make_digits_config(), evaluated()
+  before = {**here, 'data': {**here['data'], 'digest': 'of then'}}
+  path = write_qat_run(tmp_path / 'run', **before)
+  with pytest.raises(ConfigError) as raised:
+    findings.qat_row(path, config, here)
+  text = str(raised.value)
+  assert "are of split 'test' of digits (digest of then), those of" in text
+  assert '--mode=eval' in text and '\n' not in text
+
+
 def test_results_of_unlike_images_are_not_put_side_by_side():
   of = {**evaluated(), 'num_examples': 360}
   base = rows.make_row(name='fp32', **of)

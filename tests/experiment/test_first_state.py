@@ -6,6 +6,7 @@ import pytest
 from qvit_jax import modes, tree, weights
 from qvit_jax.experiment import first_state
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.modes import train
 from qvit_jax.store.checkpoint import Checkpoints
 from tests.conftest import make_digits_config
 
@@ -56,6 +57,18 @@ def test_parameters_without_an_average_are_taken_as_they_are(
   assert not report.reinitialised
   for name, value in taken.items():
     np.testing.assert_array_equal(value, after[f'params/{name}'])
+
+
+def test_a_resume_names_changes_of_what_its_mode_reads(steps_only):
+  fields = {'train.trainable': ('quant',), 'train.ema_decay': 0.9}
+  unread = {'ptq.rows': ('fp32',), 'export.format': 'npz', 'eval.top_k': 3}
+  config = config_of(**fields, **unread, **{'log.every': 7})
+  experiment = Experiment(config, training=True)
+  own = Checkpoints(steps_only / 'checkpoints', writer=False)
+  is_read = train.is_read
+  _, _, lines = first_state.initial_state(experiment, own, is_read=is_read)
+  changed = [line.split()[2] for line in lines if 'changed since' in line]
+  assert changed == ['log.every']
 
 
 def test_learned_zero_points_are_not_kept_where_none_are_learned(

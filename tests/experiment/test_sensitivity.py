@@ -257,15 +257,18 @@ def test_another_question_starts_anew(
 
 
 def test_the_first_choice_of_a_file_ranked(table, tmp_path):
+  assert sensitivity.ranked(tmp_path, 'none yet') is None
   path = tmp_path / 'sensitivity.json'
-  assert sensitivity.ranked(path, 'none yet') is None
   path.write_text(json.dumps(table))
-  assert sensitivity.ranked(path, 'of others') is None
-  found = sensitivity.ranked(path, table['weights_digest'])
+  assert sensitivity.ranked(tmp_path, 'of others') is None
+  found = sensitivity.ranked(tmp_path, table['weights_digest'])
   assert found['spec'] == 'w4a4'
   noise = [site['noise'] for site in found['sites']]
   assert noise == sorted(noise, reverse=True)
   assert len(noise) == 10
+  path.write_text('{"sites": [')
+  with pytest.raises(ConfigError, match='no table of sites .JSONDecodeError'):
+    sensitivity.ranked(tmp_path, table['weights_digest'])
 
 
 # The search

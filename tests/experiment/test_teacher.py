@@ -1,16 +1,19 @@
 """Learning from a teacher: losses, gradients, files, messages."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import unicodedata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qvit_jax import data as data_lib
 from qvit_jax import models, modes, tree
 from qvit_jax.errors import (
   CheckpointError,
@@ -514,6 +517,32 @@ def test_a_teacher_of_other_classes_or_image_size_is_refused(
   config = student_config(large)
   config.model.image_size = 16
   assert 'it has 8 px, the student 16; give' in refusal(config)
+
+
+def test_a_run_that_knows_the_classes_in_another_order_is_refused(twin):
+  config = student_config(twin)
+  data = data_lib.open_data(config, training=True)
+  data = dataclasses.replace(data, class_names=data.class_names[::-1])
+  with pytest.raises(ConfigError) as raised:
+    teacher.load_teacher(Experiment(config, training=True, data=data))
+  assert str(raised.value) == (
+    f"train.teacher='{twin}': it knows the same classes in another order, so "
+    'its outputs would teach the wrong ones; give a teacher trained on this '
+    'data set'
+  )
+
+
+def test_two_unicode_forms_of_a_name_are_one_class():
+  there, here = (
+    [unicodedata.normalize(form, name) for name in ('brûlée', 'café')]
+    for form in ('NFC', 'NFD')
+  )
+  assert there != here
+  assert teacher._compare_classes(there, here) == []
+  with pytest.raises(ConfigError, match='in another order'):
+    teacher._compare_classes(there, here[::-1])
+  (note,) = teacher._compare_classes(there, ['soup', 'tea'])
+  assert note == 'note: its classes have other names than those here'
 
 
 def test_losses_on_features_and_maps_need_equal_shapes(large):

@@ -10,18 +10,21 @@ import jax
 import numpy as np
 import pytest
 
-from qvit_jax import models, modes
+from qvit_jax import models, modes, tree
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
+from qvit_jax.experiment.teacher import Teacher
 from qvit_jax.ops import SiteDense
 from qvit_jax.quantization.ptq import rows
 from tests.conftest import ROOT, make_digits_config
-from tests.small_models import logits, pack, random_params
+from tests.small_models import logits, pack, random_params, rich_config
 
 # Names of layers and of the kind itself, as code spells them.
 OF_A_VIT = re.compile(
   r"\bvit\b|patch_embed|mlp/fc|\bfc[12]\b|attn/|'attn'|pos_embed|'cls'|'head'"
-  r'|block_\d|block_\{'
+  r'|block_\d|block_\{|encoder/|\b(norm|scale)[12]\b|pool_norm'
+  r'|(query|key|value)[_./](norm|kernel|bias|weight)'
 )
 
 
@@ -70,11 +73,35 @@ def test_only_models_and_weights_know_what_a_vit_is():
   assert any(OF_A_VIT.search(p.read_text()) for p in sources)
 
 
+def test_what_is_searched_for_are_the_names_of_the_model():
+  config = rich_config(layer_scale=1.0, qk_norm=True, registers=1)
+  images = np.zeros((1, 8, 8, 3), np.float32)
+  init = models.build_model(config).init
+  params = jax.eval_shape(init, jax.random.key(0), images)['params']
+  unsaid = {path for path in tree.flatten(params) if not OF_A_VIT.search(path)}
+  assert unsaid == {'cls', 'registers', 'head/kernel', 'head/bias'}
+
+
 def test_stem_and_head_are_the_first_and_the_last_layer():
   config = make_digits_config()
   family = models.family(config)
   layers = [s.path for s in models.list_sites(config) if s.is_layer]
   assert (family.stem, family.head) == (layers[0], layers[-1])
+
+
+def test_maps_of_attention_are_compared_where_both_have_attention(flat):
+  config = make_digits_config()
+  for one in (config, flat):
+    one.update_from_flattened_dict({'quant.dgd': 0.5, 'train.teacher': 'RUN'})
+  first, second = (Experiment(c, training=True) for c in (config, flat))
+  for who, student, own in (
+    ('student', second, first),
+    ('student', second, second),
+    ('teacher', first, second),
+  ):
+    with pytest.raises(ConfigError, match=f'which the {who} has none') as error:
+      Teacher(student, own, {}, origin='', digest='')
+    assert '--config.quant.dgd=0' in str(error.value)
 
 
 @pytest.mark.parametrize('mode', ['train', 'sites', 'ptq'])

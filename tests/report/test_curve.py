@@ -9,12 +9,14 @@ from configs import scaling_law
 from qvit_jax import models, modes
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError, Preempted
+from qvit_jax.experiment import calibration
 from qvit_jax.experiment import qat_runs as curve
 from qvit_jax.modes import ptq as ptq_mode
 from qvit_jax.quantization import build_plan
 from qvit_jax.quantization.ptq import plans
 from qvit_jax.quantization.ptq import rows as rows_lib
 from qvit_jax.report import curves
+from qvit_jax.store import files
 from tests.conftest import make_digits_config, notes_of
 from tests.small_models import products
 from tests.training.test_resume import end_state, rows, stop_after
@@ -121,6 +123,23 @@ def test_a_run_of_other_settings_or_weights_is_refused(
   (tmp_path / 'point.json').write_text('{}')
   with pytest.raises(ConfigError, match='no record of a run .KeyError'):
     curve._record(tmp_path, run, '')
+
+
+def test_a_point_of_images_that_changed_is_refused(start, tmp_path):
+  config = curve_config(start)
+  run = curve.plan(config, notes_of)[0]
+  folder = tmp_path / 'qat' / run.name
+  folder.mkdir(parents=True)
+  record = curve._record(folder, run, calibration.digest({}))
+  here = {'split': 'test', 'data': {'name': 'digits', 'digest': 'of now'}}
+  there = {'split': 'test', 'data': {'name': 'digits', 'digest': 'of then'}}
+  record['point'] = there
+  files.write_json(folder / 'point.json', record)
+  with pytest.raises(ConfigError, match="other images than 'test' of digits"):
+    curve.measure(
+      [run], config, params={}, place=tmp_path, train=modes.run, say=print,
+      evaluated=here,
+    )  # fmt: skip
 
 
 def test_the_page_shows_means_and_seeds(measured):

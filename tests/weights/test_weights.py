@@ -72,6 +72,12 @@ def shapes_of(config, channels=3):
   return jax.eval_shape(init, jax.random.key(0), images)['params']
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+  monkeypatch.setenv('HOME', str(FIXTURES))
+  _, report = load_weights('~/timm.safetensors', shapes_of(make_config()))
+  assert report.source.startswith(str(FIXTURES))
+
+
 @pytest.mark.parametrize('name', LAYOUTS)
 @pytest.mark.parametrize('size', ['', '_other'])
 def test_logits_are_those_of_the_library(name, size):
@@ -432,6 +438,7 @@ def test_an_export_that_nothing_could_load_is_refused(layout, fields, part):
 )
 def test_transformers_finds_the_mlp_again(width, mlp_dim):
   shape = dict(width=width, mlp_dim=mlp_dim, depth=1, heads=2, patch=4,
-               image_size=8, norm_eps=1e-6, registers=0)  # fmt: skip
-  config = json.loads(hf_config(shape, 'hf_dinov2', 5))
+               image_size=8, norm_eps=1e-6, registers=0,
+               num_classes=5)  # fmt: skip
+  config = json.loads(hf_config(shape, {}, 'hf_dinov2'))
   assert int(config['hidden_size'] * config['mlp_ratio']) == mlp_dim

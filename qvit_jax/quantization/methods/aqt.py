@@ -25,7 +25,7 @@ from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import int_numerics
 from jaxtyping import Array, Float
 
-from qvit_jax.ops import Ops, dot_general
+from qvit_jax.ops import Ops, dot_general, precision_of
 from qvit_jax.quantization import numerics, qtensor
 from qvit_jax.quantization.integer_core import SitePlan
 from qvit_jax.quantization.methods.method import BITS, Method
@@ -50,6 +50,18 @@ class _Stochastic(int_numerics.IntSymmetric):
     return int_numerics.IntSymmetric.vjp_fwd(
       self, x.astype(jnp.float32), context
     )
+
+
+def _product(lhs, rhs, dimension_numbers, preferred_element_type, precision):
+  """Returns `lax.dot_general` at the precision that its operands mean."""
+  del precision  # AQT asks for the default, TF32 or bf16 on accelerators
+  return jax.lax.dot_general(
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=precision_of(lhs, rhs),
+    preferred_element_type=preferred_element_type,
+  )
 
 
 def _round_gradient(raw: Any, bits: int) -> None:
@@ -88,6 +100,8 @@ def _aqt_dot_general(
   for raw, bits in ((config.dlhs, dlhs), (config.drhs, drhs)):
     if bits is not None:
       _round_gradient(raw, bits)
+  for raw in (config.fwd, config.dlhs, config.drhs):
+    raw.dot_general = _product
   quantizer = config.fwd.dg_quantizer
   for side, bits, per_tensor in (
     (quantizer.lhs, lhs_bits, whole[0]),
