@@ -8,8 +8,8 @@ MODES
 
 --help SECTION and --help section.field explain the fields of a config, and
 configs/common.py lists them all. --debug prints the traceback of an error.
-Exit codes: 0 done, 2 wrong input, 75 stopped by a signal after saving (run the
-same command again).
+Exit codes: 0 done, 2 wrong input, 75 stopped by a signal after saving, or since
+another process of the run was killed (run the same command again).
 """
 
 import errno
@@ -173,46 +173,63 @@ def _is_topic(argument: str) -> bool:
 def main(argv: list[str]) -> int:
   """Runs the command line; returns the exit code."""
   from qvit_jax.errors import Preempted, QvitError
+  from qvit_jax.training import processes
 
   command = shlex.join(['python', *argv])
+  code, line = 1, ''  # what the other processes of this run print, if it fails
   try:
     if any(a in _HELP or a.startswith('--help=') for a in argv):
       print(_help(argv))
-      return 0
-    from absl import logging
-
-    from qvit_jax.store import files
-
-    config, page, overrides, values = _parse(argv)
-    logging.set_verbosity(logging.ERROR)  # TFDS and orbax narrate through it
-    from qvit_jax import modes
-
-    modes.run(
-      values.mode, config, values.workdir, overrides=overrides, page=page
-    )
-    return 0
+    else:
+      _run(argv)
+    code = 0
   except BrokenPipeError:  # the reader of our output left, as `| head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    line = 'stopped: the reader of the output left'
   except Preempted as stop:
     print(f'{stop}. Go on with: {command}', flush=True)
-    return _STOPPED
+    code = _STOPPED
   except KeyboardInterrupt:
     print(f'stopped; go on with: {command}', flush=True)
-    return _STOPPED
-  except QvitError as error:
-    if '--debug' in argv:
+    code, line = _STOPPED, 'stopped by a signal; run the same command again'
+  except Exception as error:
+    line = _line(error)
+    expected = isinstance(error, QvitError) or _is_refusal(error)
+    if not expected or '--debug' in argv:
       raise
     _silence()
-    print(f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
-    return 2
-  except OSError as error:
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-    if '--debug' in argv or error.errno not in refusals:
-      raise
+    print(line, file=sys.stderr, flush=True)
+    code = 2
+  finally:
+    processes.leave(code, line)
+  return code
+
+
+def _run(argv: list[str]) -> None:
+  """Does what the command line says."""
+  from absl import logging
+
+  config, page, overrides, values = _parse(argv)
+  logging.set_verbosity(logging.ERROR)  # TFDS and orbax narrate through it
+  from qvit_jax import modes
+
+  modes.run(values.mode, config, values.workdir, overrides=overrides, page=page)
+
+
+def _line(error: Exception) -> str:
+  """Returns the one line that is printed for an error."""
+  from qvit_jax.store import files
+
+  if _is_refusal(error):
     text = files.cannot_write(error.filename or 'the workdir', error)
-    print(f'ConfigError: {text}', file=sys.stderr, flush=True)
-    return 2
+    return f'ConfigError: {text}'
+  return f'{type(error).__name__}: {error}'
+
+
+def _is_refusal(error: Exception) -> bool:
+  """Returns whether the operating system refuses to write."""
+  refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+  return isinstance(error, OSError) and error.errno in refusals
 
 
 def _silence() -> None:

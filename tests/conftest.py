@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -130,6 +131,29 @@ def run_main(*flags, env=None, timeout=600):
     timeout=timeout,
     check=False,
   )
+
+
+def start_two(*flags, own=((), ())):
+  """Starts main.py as a run of two processes; `own` has flags of each."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  return [
+    subprocess.Popen(
+      [sys.executable, '-u', 'main.py', *map(str, (*flags, *own[i]))],
+      cwd=ROOT,
+      env=os.environ
+      | {
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(i),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
 
 
 # Overrides that shrink configs/vit_ti_digits_w4a4.py to seconds.

@@ -2,6 +2,8 @@
 
 import jax
 
+MOST_IN_FLIGHT = 2
+
 
 def max_in_flight() -> int:
   """Returns how many programs may wait for the devices at once.
@@ -11,4 +13,4 @@ def max_in_flight() -> int:
   two programs can wait for each other for ever: there it is one.
   """
   shared = jax.default_backend() == 'cpu' and jax.local_device_count() > 1
-  return 1 if shared else 2
+  return 1 if shared else MOST_IN_FLIGHT

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from qvit_jax.errors import ConfigError
 from qvit_jax.modes import Mode
 from qvit_jax.modes.session import say
 from qvit_jax.quantization import METHODS
+from qvit_jax.training import processes
 
 
 def context_of(mode: Mode, config: Any) -> config_lib.Context:
@@ -41,33 +41,12 @@ def run(
     config, context_of(mode, config), overrides=overrides, page=page
   )
   if workdir:
-    _join_processes()  # before anything asks JAX for its devices
+    processes.join()  # before anything asks JAX for its devices
   if mode.processes == 'one' and jax.process_count() > 1:
     raise ConfigError(f'--mode={mode.name} runs in one process; start it once')
   for note in notes:
     say(f'note: {note}')
   module, _, function = mode.run.partition(':')
   module = importlib.import_module(f'qvit_jax.modes.{module}')
-  getattr(module, function)(resolved, config_lib.expand(workdir))
-
-
-def _join_processes() -> None:
-  """Joins the other processes of a run that was started as several.
-
-  SLURM, Open MPI and cloud TPUs are recognised by JAX itself; elsewhere
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
-  """
-  several = any(
-    int(os.environ.get(name, 1)) > 1
-    for name in ('JAX_NUM_PROCESSES', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
-  )
-  if not several or jax.distributed.is_initialized():
-    return
-  own = {}
-  if 'JAX_NUM_PROCESSES' in os.environ:
-    own = {
-      'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-      'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-      'process_id': int(os.environ['JAX_PROCESS_ID']),
-    }
-  jax.distributed.initialize(**own)
+  with processes.blaming_others():
+    getattr(module, function)(resolved, config_lib.expand(workdir))

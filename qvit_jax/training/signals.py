@@ -8,8 +8,9 @@ import os
 import signal
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from qvit_jax.evaluation import devices
+from qvit_jax.training import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -21,6 +22,7 @@ class StopFlag:
     """Starts with no signal seen."""
     self.received: str | None = None
     self._before = {}
+    self._updates = 0
 
   def __enter__(self) -> 'StopFlag':
     for number in SIGNALS:
@@ -40,10 +42,17 @@ class StopFlag:
     self.received = signal.Signals(number).name
 
   def agreed(self) -> bool:
-    """Returns True on every process once any of them has seen a signal."""
+    """Returns True on every process once any of them has seen a signal.
+
+    Call it after every update. No process waits for another: JAX has
+    `multihost_utils.reached_preemption_sync_point` for that, but it asks the
+    service every time and hears of SIGTERM alone, by a handler of its own.
+    """
     if jax.process_count() == 1:
       return self.received is not None
-    flags = multihost_utils.process_allgather(
-      np.asarray(self.received is not None)
+    self._updates += 1
+    if self._updates % devices.MOST_IN_FLIGHT:
+      return False
+    return processes.stop_agreed(
+      self._updates, self.received is not None, devices.MOST_IN_FLIGHT
     )
-    return bool(flags.any())

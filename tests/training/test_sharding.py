@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 
@@ -11,8 +9,7 @@ import numpy as np
 import pytest
 
 from qvit_jax import modes
-from qvit_jax.store.checkpoint import Checkpoints
-from tests.conftest import EIGHT_DEVICES, ROOT, TINY
+from tests.conftest import EIGHT_DEVICES, ROOT, TINY, start_two
 
 # Runs modes.run for each (name, overrides) it is given, in one process.
 _SCRIPT = """
@@ -188,26 +185,8 @@ def test_sharding_splits_large_arrays_and_names_the_others(eight_devices):
 
 
 def test_two_processes_train_as_one(tmp_path, call_main):
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
   flags = (*TINY, '--config.train.steps=5', '--config.log.every=1')
-  env = {
-    **os.environ,
-    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-    'JAX_NUM_PROCESSES': '2',
-  }
-  workers = [
-    subprocess.Popen(
-      [sys.executable, 'main.py', *flags, f'--workdir={tmp_path / "two"}'],
-      cwd=ROOT,
-      env={**env, 'JAX_PROCESS_ID': str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
+  workers = start_two(*flags, f'--workdir={tmp_path / "two"}')
   outputs = [worker.communicate(timeout=300)[0] for worker in workers]
   assert [worker.returncode for worker in workers] == [0, 0], outputs
   assert '2 process(es)' in outputs[0]
@@ -217,29 +196,3 @@ def test_two_processes_train_as_one(tmp_path, call_main):
   np.testing.assert_allclose(
     losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=0, atol=1e-3
   )
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  env = {**os.environ, 'JAX_NUM_PROCESSES': '2',
-         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}'}  # fmt: skip
-  workers = [
-    subprocess.Popen(
-      [sys.executable, '-u', 'main.py', *TINY, '--config.train.steps=5000',
-       '--config.eval.every=5000', f'--workdir={tmp_path}'],
-      cwd=ROOT, env={**env, 'JAX_PROCESS_ID': str(i)},
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  for line in workers[0].stdout:
-    if line.startswith('step'):
-      break
-  workers[1].send_signal(signal.SIGTERM)
-  outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-  assert [worker.returncode for worker in workers] == [75, 75], outputs
-  assert 'stopped by another process after step' in outputs[0]
-  assert Checkpoints(tmp_path / 'checkpoints', writer=False).latest()
