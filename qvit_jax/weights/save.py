@@ -193,10 +193,13 @@ def hf_config(
       norm_eps, registers.
     layout: 'hf', 'hf_deit' or 'hf_dinov2'.
     classes: Outputs of the head.
-    class_names: Theirs, by label; numbers stand for them otherwise.
+    class_names: Theirs, by label; numbers stand for outputs without one, and
+      for all where there are more names than outputs.
     qkv_bias: Whether queries, keys and values have biases.
   """
-  class_names = class_names or [str(i) for i in range(classes)]
+  if len(class_names) > classes:
+    class_names = ()
+  class_names = [*class_names, *map(str, range(len(class_names), classes))]
   kind = {'hf': 'vit', 'hf_deit': 'deit', 'hf_dinov2': 'dinov2'}[layout]
   name = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}[kind]
   if kind == 'dinov2' and shape['registers']:
