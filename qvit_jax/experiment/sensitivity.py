@@ -27,6 +27,7 @@ from qvit_jax.quantization.ptq.switch_core import SwitchCore, switches
 from qvit_jax.quantization.spec import QuantSpec
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
+from qvit_jax.store.runs import UNREADABLE
 
 _FILE = 'sensitivity.json'
 # What decides the images; augmentation is of training alone.
@@ -236,19 +237,20 @@ def ranked(path: pathlib.Path, weights_digest: str) -> dict[str, Any] | None:
 
   Returns:
     {'spec': choice, 'sites': [{path, kind, macs, sqnr_db, agreement, kl,
-    noise}]}; None where there is no such table.
+    noise}]}; None where there is no such table, or a damaged one.
   """
   try:
     table = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+    if table['weights_digest'] != weights_digest:
+      return None
+    first = table['choices'][0]
+    keys = ('path', 'kind', 'macs')
+    sites = [
+      {key: row[key] for key in keys} | row['spec'][first]
+      for row in _sort(table)
+    ]
+  except (OSError, *UNREADABLE):
     return None
-  if table.get('weights_digest') != weights_digest:
-    return None
-  first = table['choices'][0]
-  keys = ('path', 'kind', 'macs')
-  sites = [
-    {key: row[key] for key in keys} | row['spec'][first] for row in _sort(table)
-  ]
   return {'spec': first, 'sites': sites}
 
 

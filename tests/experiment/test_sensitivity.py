@@ -266,6 +266,9 @@ def test_the_first_choice_of_a_file_ranked(table, tmp_path):
   noise = [site['noise'] for site in found['sites']]
   assert noise == sorted(noise, reverse=True)
   assert len(noise) == 10
+  for damaged in ([], None, {**table, 'choices': []}, {**table, 'sites': [{}]}):
+    path.write_text(json.dumps(damaged))
+    assert sensitivity.ranked(path, table['weights_digest']) is None
 
 
 # The search
