@@ -17,7 +17,7 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import preprocess
-from qvit_jax.errors import ConfigError, QuantError
+from qvit_jax.errors import ConfigError, QuantError, WeightsError
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.learned_start import calibrated_steps
@@ -154,6 +154,7 @@ class Calibration:
 
     Raises:
       QuantError: `ptq.calibration_path` holds statistics of something else.
+      WeightsError: Its file is damaged.
     """
     name = f'{"+".join(transforms) or "plain"}.safetensors'
     facts = self._facts(params)
@@ -182,10 +183,9 @@ class Calibration:
       hessians=self._hessians,
       progress=self._say,
     )
-    tensors.save_tensors(
-      calibrate.to_arrays(stats), self._own / name, form='safetensors',
-      metadata={_KEY: json.dumps(facts)},
-    )  # fmt: skip
+    tensors.save_described(
+      calibrate.to_arrays(stats), self._own / name, _KEY, facts
+    )
     return stats
 
   def _facts(self, params) -> dict[str, Any]:
@@ -202,24 +202,39 @@ class Calibration:
     }
 
   def _read(self, path: pathlib.Path, facts: dict[str, Any]):
-    """Returns the statistics of a file, or None if they are of other facts."""
-    there = _read_facts(path)
-    if there is not None and not facts['hessians']:
-      there['hessians'] = False  # more than is wanted does no harm
-    return _read_stats(path) if there == facts else None
+    """Returns the statistics of a file, or None if they are of other facts.
+
+    Raises:
+      WeightsError: It is damaged, and the user named it; the workdir's own is
+        written anew.
+    """
+    try:
+      there = _read_facts(path)
+      if there is not None and not facts['hessians']:
+        there['hessians'] = False  # more than is wanted does no harm
+      return _read_stats(path) if there == facts else None
+    except WeightsError as error:
+      if self._config.ptq.calibration_path:
+        raise
+      self._say(f'calibration: anew, because of {error}')
+      return None
 
 
 def _read_facts(path: pathlib.Path) -> dict[str, Any] | None:
-  """Returns what a file says its statistics are of; None if it says nothing."""
+  """Returns what a file says its statistics are of; None if it says nothing.
+
+  Raises:
+    WeightsError: It is damaged.
+  """
+  tensors.read(path)  # says more of a damaged file
   try:
-    return json.loads(tensors.read_metadata(path)[_KEY])
-  except (KeyError, ValueError):
+    return tensors.read_header(path, _KEY)
+  except KeyError:
     return None
 
 
 def _read_stats(path: pathlib.Path) -> dict[str, calibrate.SiteStats]:
-  entries = tensors.read(path)
-  return calibrate.from_arrays({n: e.read() for n, e in entries.items()})
+  return calibrate.from_arrays(tensors.read_described(path, _KEY)[0])
 
 
 def learned_start(
@@ -238,6 +253,7 @@ def learned_start(
   Raises:
     QuantError: There is no such file, or it is of another model or of scales
       that quant.act_granularity cannot start from.
+    WeightsError: It is damaged.
   """
   config, model = experiment.config, experiment.model
   folder, steps = config.quant.calibration_path, model.plan.act_granularity

@@ -18,7 +18,7 @@ from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.spec import QuantSpec, parse_spec, stem_rule
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
-from qvit_jax.store.runs import finished
+from qvit_jax.store.runs import Finished, finished, no_results
 
 # What a run's accuracy does not depend on. Its weights have a digest.
 _INERT_SECTIONS = ('weights', 'checkpoint', 'ptq', 'export', 'log', 'mesh')
@@ -208,7 +208,7 @@ def _record(here: pathlib.Path, run: Run, digest: str) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields that a run's accuracy depends on."""
-  counts = {'ptq.range'} if config['quant']['calibration_path'] else set()
+  counts = {'ptq.range'} if config['quant'].get('calibration_path') else set()
   return {
     name: value
     for name, value in config_lib.flatten(config).items()
@@ -247,13 +247,13 @@ def given(
     say: Prints a line.
 
   Raises:
-    CheckpointError: One holds no results.
+    CheckpointError: One holds no results, or damaged ones.
   """
   points = []
   for path in paths:
     place, found = pathlib.Path(path), finished(path)
-    row, trained, evaluations = found.row, found.config, found.evaluations
-    if trained is None or not evaluations:
+    trained = found.config
+    if trained is None or not found.evaluations:
       continue
     if config and not _reads_alike(trained, config):
       say(
@@ -261,36 +261,43 @@ def given(
         'no point on the curve'
       )
       continue
-    last = evaluations[-1]
-    best = max(evaluations, key=lambda line: (line['top1'], line['step']))
-    settings, quant = _settings(trained), trained['quant']
-    along = ['seed', 'quant.default']  # what differs along a curve
-    if quant['default'].endswith(quant['attention']):
-      along.append('quant.attention')
-    for name in along:
-      settings.pop(name)
-    family = models.family(ml_collections.ConfigDict(trained))
-    bits = parse_spec(quant['default'], field='quant.default')
-    stem = _stem_rule(family.stem, bits)
-    rules = settings['quant.rules']
-    settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
-    # Runs that began with other weights are no seeds of one training.
-    for section in ('weights', 'checkpoint'):
-      settings[f'{section}.path'] = _absolute(trained[section]['path'])
-    points.append(
-      {
-        'name': place.name,
-        'spec': quant['default'],
-        'recipe': quant['recipe'],
-        **{key: row.get(key) for key in report.OF},
-        'seed': trained['seed'],
-        'settings': report.config_digest(settings)[:8],
-        'weight_bits': row['weight_bits'],
-        'act_bits': row['act_bits'],
-        'top1_last': last['top1'],
-        'step_last': last['step'],
-        'top1_best': best['top1'],
-        'step_best': best['step'],
-      }
-    )
+    try:
+      points.append(_point(place.name, found))
+    except files.UNREADABLE as error:
+      raise no_results(path, error) from error
   return points
+
+
+def _point(name: str, found: Finished) -> dict[str, Any]:
+  """Returns the point of one finished training."""
+  trained, row, evaluations = found.config, found.row, found.evaluations
+  last = evaluations[-1]
+  best = max(evaluations, key=lambda line: (line['top1'], line['step']))
+  settings, quant = _settings(trained), trained['quant']
+  along = ['seed', 'quant.default']  # what differs along a curve
+  if quant['default'].endswith(quant['attention']):
+    along.append('quant.attention')
+  for field in along:
+    settings.pop(field)
+  family = models.family(ml_collections.ConfigDict(trained))
+  bits = parse_spec(quant['default'], field='quant.default')
+  stem = _stem_rule(family.stem, bits)
+  rules = settings['quant.rules']
+  settings['quant.rules'] = [rule for rule in rules if rule != [*stem]]
+  # Runs that began with other weights are no seeds of one training.
+  for section in ('weights', 'checkpoint'):
+    settings[f'{section}.path'] = _absolute(trained[section]['path'])
+  return {
+    'name': name,
+    'spec': quant['default'],
+    'recipe': quant['recipe'],
+    **{key: row.get(key) for key in report.OF},
+    'seed': trained['seed'],
+    'settings': report.config_digest(settings)[:8],
+    'weight_bits': row['weight_bits'],
+    'act_bits': row['act_bits'],
+    'top1_last': last['top1'],
+    'step_last': last['step'],
+    'top1_best': best['top1'],
+    'step_best': best['step'],
+  }

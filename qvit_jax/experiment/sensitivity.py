@@ -234,15 +234,19 @@ def ranked(place: pathlib.Path, weights_digest: str) -> dict[str, Any] | None:
   Raises:
     ConfigError: Its file is damaged.
   """
-  keys = ('sites', 'choices')
-  table = files.read_json(place / _FILE, 'table of sites', keys)
+  path, what = place / _FILE, 'table of sites'
+  table = files.read_json(path, what, ('sites', 'choices'))
   if table is None or table.get('weights_digest') != weights_digest:
     return None
-  first = table['choices'][0]
   keys = ('path', 'kind', 'macs')
-  sites = [
-    {key: row[key] for key in keys} | row['spec'][first] for row in _sort(table)
-  ]
+  try:
+    first = table['choices'][0]
+    sites = [
+      {key: row[key] for key in keys} | row['spec'][first]
+      for row in _sort(table)
+    ]
+  except files.UNREADABLE as error:
+    raise files.damaged(path, what, error) from error
   return {'spec': first, 'sites': sites}
 
 

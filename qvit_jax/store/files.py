@@ -11,6 +11,10 @@ from typing import Any
 
 from qvit_jax.errors import ConfigError
 
+# What a reader meets in JSON that is not what was written.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+_ANEW = 'delete it and run the same command again'
+
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Replaces a file in one step: a reader sees the old or the new text."""
@@ -36,7 +40,7 @@ def read_json(
   what: str,
   keys: Sequence[str] = (),
   *,
-  advice: str = 'delete it and run the same command again',
+  advice: str = _ANEW,
 ) -> dict[str, Any] | None:
   """Returns the object in a JSON file of a workdir; None where there is none.
 
@@ -54,10 +58,15 @@ def read_json(
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
     return {**found, **{key: found[key] for key in keys}}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ConfigError(
-      f'{path} is no {what} ({type(error).__name__}); {advice}'
-    ) from error
+  except UNREADABLE as error:
+    raise damaged(path, what, error, advice) from error
+
+
+def damaged(
+  path: pathlib.Path, what: str, error: Exception, advice: str = _ANEW
+) -> ConfigError:
+  """Returns the error for a JSON file that is not what it has to be."""
+  return ConfigError(f'{path} is no {what} ({type(error).__name__}); {advice}')
 
 
 def open_workdir(path: str) -> pathlib.Path:

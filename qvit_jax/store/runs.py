@@ -19,7 +19,7 @@ from qvit_jax.config.resolve import upgraded
 from qvit_jax.errors import CheckpointError
 from qvit_jax.ops import Site
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import adapters, artifacts, checkpoint, tensors
+from qvit_jax.store import adapters, artifacts, checkpoint, files, tensors
 
 _PREPROCESSING = ('mean', 'std', 'resize')
 
@@ -298,12 +298,17 @@ def finished(path: str | pathlib.Path) -> Finished:
     return Finished(
       results['baseline'], config, [x for x in lines if x['split'] == 'eval']
     )
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    what = ' '.join(str(error).split()) or type(error).__name__
-    raise CheckpointError(
-      f'{path} holds no results of a finished training ({what[:100]}); give a '
-      'workdir of --mode=train that ended'
-    ) from error
+  except (OSError, *files.UNREADABLE) as error:
+    raise no_results(path, error) from error
+
+
+def no_results(path: str | pathlib.Path, error: Exception) -> CheckpointError:
+  """Returns the error for a workdir whose numbers cannot be read."""
+  what = f'{type(error).__name__}: {" ".join(str(error).split())}'
+  return CheckpointError(
+    f'{path} holds no results of a finished training ({what[:100]}); give a '
+    'workdir of --mode=train that ended'
+  )
 
 
 def _text(path: pathlib.Path) -> str:

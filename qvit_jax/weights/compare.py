@@ -238,6 +238,18 @@ class Comparison:
       Tokens('cls' in self.wanted, here.shape[1] if here is not None else 0),
     )
 
+  def told_grid(self) -> positions.Grid | None:
+    """Returns the file's grid by what stands beside it; None where it is not.
+
+    Where nothing tells the patch, the kernel does: timm writes none.
+    """
+    facts, kernel = dict(self.source.facts), 'patch_embed/kernel'
+    shape = self.shape(kernel) or ()
+    if len(shape) == 4:
+      patch = _as_ours(self.ours[kernel][0], shape)[:2]
+      facts.setdefault('patch', list(patch))
+    return positions.grid_of(facts)
+
   def find_slots(self) -> Slots | None:
     """Returns what the file's positions are of; what fits not is a problem."""
     shape, width = self.shape('pos_embed'), self.wanted['pos_embed'].shape[-1]
@@ -245,7 +257,7 @@ class Comparison:
     kinds = self.names.layout.slots if self.names else ('all',)
     if not there.registers:  # what registers lack is no likelier then
       kinds = ('all', *(kind for kind in kinds if kind != 'all'))
-    told = positions.grid_of(self.source.facts)
+    told = self.told_grid()
     if len(shape) == 3 and shape[0] == 1 and shape[2] == width:
       slots = positions.find_slots(shape[1], there, kinds, told)
       if slots is not None:

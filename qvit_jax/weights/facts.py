@@ -151,6 +151,8 @@ def _numbers(part: dict[str, Any]) -> dict[str, Any]:
 
 def _side(name: str, value: Any) -> dict[str, Any]:
   """Returns {name: a number, or [height, width]}, or nothing."""
+  if isinstance(value, dict):
+    value = [value.get('height'), value.get('width')]
   sides = value if isinstance(value, list) else [value, value]
   if len(sides) != 2 or not all(_is_number(x) and x > 0 for x in sides):
     return {}
@@ -209,10 +211,14 @@ def _class_names(
 
   Placeholders such as LABEL_3 are no names.
   """
+  numbers = config.get('label2id')
+  if isinstance(numbers, dict):
+    numbers = {str(number): name for name, number in numbers.items()}
   said = {
     'id2label': config.get('id2label'),
-    'label_names': config.get('label_names', timm.get('label_names')),
-    'labels': config.get('labels', timm.get('labels')),
+    'label2id': numbers,
+    'label_names': config.get('label_names') or timm.get('label_names'),
+    'labels': config.get('labels') or timm.get('labels'),
   }
   for key, value in said.items():
     if not value or not isinstance(value, (dict, list)):

@@ -108,7 +108,7 @@ class Import(Comparison):
     )  # fmt: skip
     if done:
       self._note_adapted('pos_embed', ', '.join(done), self.shape('pos_embed'))
-    told = positions.grid_of(self.source.facts)
+    told = self.told_grid()
     if told and slots.grid != told:
       self.report.notes.append(
         f'config.json tells {told[0]} x {told[1]} patches, the file has '

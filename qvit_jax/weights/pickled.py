@@ -178,7 +178,9 @@ class _Machine:
     for key, value in zip(items[::2], items[1::2], strict=True):
       if isinstance(key, Opaque):
         continue  # its name is among those stepped over
-      # Hashing a nested tuple could take for ever.
+      if isinstance(key, tuple):  # hashing a nested one could take for ever
+        self.stepped['a tuple as a name'] = None
+        continue
       if not isinstance(key, (str, int, float, bytes, type(None))):
         raise TypeError('a key that is no name')
       if key in target:

@@ -211,9 +211,13 @@ def hf_config(
     shape: As `models.architecture` gives it.
     tensors: Of `translate`.
     layout: Key of LAYOUTS, one of transformers.
-    class_names: By label; numbers stand for them otherwise.
+    class_names: By label; numbers stand for outputs without one, and for all
+      where there are more names than outputs.
   """
-  class_names = class_names or [str(i) for i in range(shape['num_classes'])]
+  classes = shape['num_classes']
+  if len(class_names) > classes:
+    class_names = ()
+  class_names = [*class_names, *map(str, range(len(class_names), classes))]
   name = LAYOUTS[layout].transformers
   kind = name.lower()
   if kind == 'dinov2' and shape['registers']:

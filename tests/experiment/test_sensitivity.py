@@ -266,9 +266,12 @@ def test_the_first_choice_of_a_file_ranked(table, tmp_path):
   noise = [site['noise'] for site in found['sites']]
   assert noise == sorted(noise, reverse=True)
   assert len(noise) == 10
-  path.write_text('{"sites": [')
-  with pytest.raises(ConfigError, match='no table of sites .JSONDecodeError'):
-    sensitivity.ranked(tmp_path, table['weights_digest'])
+  cut = json.dumps(table)[:12]
+  others = [], None, {**table, 'choices': []}, {**table, 'sites': [{}]}
+  for damaged in (cut, *map(json.dumps, others)):
+    path.write_text(damaged)
+    with pytest.raises(ConfigError, match='is no table of sites'):
+      sensitivity.ranked(tmp_path, table['weights_digest'])
 
 
 # The search

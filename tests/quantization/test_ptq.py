@@ -11,8 +11,10 @@ import safetensors.numpy
 
 from configs import common, vit_cifar100_finetune
 from qvit_jax import models, modes, tree
-from qvit_jax.errors import ConfigError, QuantError, RuleError
+from qvit_jax.errors import ConfigError, QuantError, RuleError, WeightsError
 from qvit_jax.experiment import findings, ptq_table
+from qvit_jax.experiment.calibration import Calibration
+from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import (
   dequantize,
@@ -541,6 +543,37 @@ def test_calibration_is_kept_and_taken_over(trained, tmp_path, capsys):
   taken.ptq.calibration_path = str(tmp_path / 'nowhere')
   with pytest.raises(ConfigError, match='is no folder'):
     modes.run('ptq', taken, str(tmp_path / 'fifth'))
+
+
+def test_statistics_in_which_a_bit_flipped_are_not_taken(tmp_path):
+  """Those that the user names are refused, the workdir's own made anew."""
+  config, lines = rich_config(), []
+  config.ptq.calibration_examples = 8
+  params = random_params(config)
+
+  def observe():
+    experiment = Experiment(config, training=False, calibrating=True)
+    calibration = Calibration(experiment, tmp_path, lines.append)
+    calibration.observe((), params)
+    return safetensors.numpy.load_file(path)
+
+  path = tmp_path / 'calibration' / 'plain.safetensors'
+  expected, content = observe(), path.read_bytes()
+  observe()
+  assert 'anew' not in ''.join(lines)
+  damaged = []
+  for position in (len(content) - 3, content.index(b'examples')):
+    damaged.append(bytearray(content))
+    damaged[-1][position] ^= 1
+  path.write_bytes(damaged[0])
+  lines.clear()
+  jax.tree.map(np.testing.assert_array_equal, observe(), expected)
+  assert 'anew, because of' in lines[0]
+  config.ptq.calibration_path = str(path.parent)
+  for bad in damaged:
+    path.write_bytes(bad)
+    with pytest.raises(WeightsError, match='plain.safetensors: it is damaged'):
+      observe()
 
 
 def test_statistics_do_not_grow_with_the_images():

@@ -8,7 +8,7 @@ import pytest
 from configs import scaling_law
 from qvit_jax import models, modes
 from qvit_jax.config import resolve as config_lib
-from qvit_jax.errors import ConfigError, Preempted
+from qvit_jax.errors import CheckpointError, ConfigError, Preempted
 from qvit_jax.experiment import calibration
 from qvit_jax.experiment import qat_runs as curve
 from qvit_jax.modes import ptq as ptq_mode
@@ -86,6 +86,28 @@ def test_points_are_those_of_ordinary_runs(start, measured, tmp_path):
   # The same runs given by path are the same points.
   found = curve.given([str(tmp_path / '0'), str(tmp_path / '1')])
   assert [p | {'name': ''} for p in found] == [p | {'name': ''} for p in points]
+
+
+@pytest.mark.parametrize(
+  ('file', 'old', 'new'),
+  [
+    ('config.json', '"quant"', '"qvant"'),
+    ('config.json', '', '[]'),
+    ('metrics.jsonl', '"step"', '"stdp"'),
+    ('results.json', '"act_bits"', '"act_cits"'),
+  ],
+)
+def test_numbers_of_a_run_that_are_damaged_are_one_error(
+  file, old, new, measured, tmp_path
+):
+  for name in ('config.json', 'metrics.jsonl', 'results.json'):
+    text = (measured / 'qat' / 'w4a4_seed0' / name).read_text()
+    (tmp_path / name).write_text(text)
+  assert len(curve.given([str(tmp_path)])) == 1
+  text = (tmp_path / file).read_text()
+  (tmp_path / file).write_text(text.replace(old, new) if old else new)
+  with pytest.raises(CheckpointError, match='no results of a finished'):
+    curve.given([str(tmp_path)])
 
 
 def test_a_second_call_trains_nothing(start, measured, monkeypatch, capsys):

@@ -239,14 +239,14 @@ def doubled_tuple(times):
 
 
 @pytest.mark.parametrize(
-  'pickled',
+  ('pickled', 'part'),
   [
-    b'\x80\x02}' + doubled_tuple(60) + b'K\x01s.',
-    b'\x80\x04' + doubled_tuple(60) + b'\x8c\x01a\x93.',
+    (b'\x80\x02}' + doubled_tuple(60) + b'K\x01s.', 'no tensors at the top'),
+    (b'\x80\x04' + doubled_tuple(60) + b'\x8c\x01a\x93.', 'is damaged'),
   ],
 )
-def test_a_pickle_cannot_make_us_hash_for_ever(tmp_path, pickled):
-  refusal(torch_zip(tmp_path / 'x.pth', pickled), 'its pickle is damaged')
+def test_a_pickle_cannot_make_us_hash_for_ever(tmp_path, pickled, part):
+  refusal(torch_zip(tmp_path / 'x.pth', pickled), part)
 
 
 def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path):

@@ -223,6 +223,7 @@ class Owned:
     Namespace(), pathlib.PurePosixPath('/a'), np.float64(3), np.arange(3),
     {1, 2}, frozenset('a'), 1 << 100, complex(1, 2), b'bytes',
     {'deep': [Namespace(), (Namespace(), None)]}, np.random.default_rng(0),
+    {(1, (2, 3)): 'a tuple'}, {1: {frozenset('a'): True}, 2: {b'x': 1.5}},
   ],
   ids=lambda x: type(x).__name__,
 )  # fmt: skip
@@ -326,6 +327,10 @@ def positions(count):
      (1, 9)),
     ({'image_size': None, 'pretrained_cfg': {'input_size': [3, 224, 224]},
       'model_args': {'img_size': [4, 36]}}, (1, 9)),
+    ({'image_size': {'height': 36, 'width': 4}}, (9, 1)),
+    # As timm writes it: the kernel of 4 x 4 tells the patch.
+    ({'image_size': None, 'patch_size': None,
+      'pretrained_cfg': {'input_size': [3, 36, 4]}}, (9, 1)),
   ],
 )  # fmt: skip
 def test_a_grid_is_the_one_that_config_json_tells(config, grid, tmp_path):
@@ -389,6 +394,10 @@ def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
     ({'id2label': {'1': 'cat', '0': 'dog'}}, ['dog', 'cat']),
     ({'label_names': ['b', 'a']}, ['b', 'a']),
     ({'pretrained_cfg': {'label_names': ['b', 'a']}}, ['b', 'a']),
+    ({'label_names': None, 'pretrained_cfg': {'label_names': ['b', 'a']}},
+     ['b', 'a']),
+    ({'label2id': {'cat': 1, 'dog': 0}}, ['dog', 'cat']),
+    ({'label2id': {'LABEL_0': 0, 'LABEL_1': 1}}, None),
     ({'id2label': {'0': 'LABEL_0', '1': 'LABEL_1'}}, None),
     ({'id2label': {'0': '0', '1': '1'}}, None),
     ({'id2label': {'0': '1', '1': '0'}}, ['1', '0']),
@@ -399,7 +408,8 @@ def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
 def test_class_names_are_facts_and_placeholders_are_not(
   config, names, tmp_path
 ):
-  folder = hf_folder(tmp_path / 'w', **{'id2label': {}, **config})
+  none = {'id2label': {}, 'label2id': None}
+  folder = hf_folder(tmp_path / 'w', **{**none, **config})
   _, report = load_weights(str(folder), shapes_of(make_config()))
   assert report.facts.get('class_names') == names
 
