@@ -186,6 +186,10 @@ TUNES = Need(
   lambda c: any('tune' in row for row in c.ptq.rows),
   'no row of ptq.rows has the solver tune; add w4a4+gptq+tune',
 )
+MIXES = Need(
+  lambda c: any('mixed_sensitivity' in row for row in c.ptq.rows),
+  'no row of ptq.rows is mixed_sensitivity; add it',
+)
 STATIC = Need(
   lambda c: any('static' in r or 'clip' in r for r in c.ptq.rows),
   'no row of ptq.rows is static; add int8_static',

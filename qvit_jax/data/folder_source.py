@@ -21,6 +21,7 @@ from qvit_jax.data.listing import (
   check_inside,
   is_folder,
   is_hidden,
+  is_image,
   lines,
   scan,
   some,
@@ -209,14 +210,21 @@ class Folder:
       files = self._list_classes(base)
     if self._ignored:
       self.notes.append(
-        f'{base}: {len(self._ignored):,} entries are hidden or no image files '
-        f'and are not read: {some(list(map(printable, self._ignored)))}'
+        f'{base}: {len(self._ignored):,} entries are hidden, links to folders '
+        'or no image files and are not read: '
+        f'{some(list(map(printable, self._ignored)))}'
       )
     return files
 
   def _list_classes(self, base: str) -> Files:
     names: list[str] = []
     counts, absent = [], []
+    entries = scan(os.path.join(self.root, base))
+    if beside := sorted(entry.name for entry in entries if is_image(entry)):
+      self.notes.append(
+        f'{base}: {len(beside):,} images lie in no class folder and are not '
+        f'read: {some(list(map(printable, beside)))}'
+      )
     for one in self._ids:
       folder = os.path.join(base, self._folders[base].get(one, one))
       if one not in self._folders[base] and base != self._first:

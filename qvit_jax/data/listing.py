@@ -22,7 +22,7 @@ SUFFIXES = (
 # Folders that systems and tools leave behind, beside those with a dot.
 _JUNK = {
   '__macosx', '@eadir', '$recycle.bin', 'lost+found', '#recycle', '@recycle',
-  'system volume information',
+  'system volume information', '__pycache__', '#snapshot', '@tmp',
 }  # fmt: skip
 
 
@@ -140,7 +140,9 @@ def list_images(field: str, path: str) -> tuple[Files, list[str]]:
     )
   notes = []
   if ignored:
-    notes = [f'{len(ignored):,} entries are hidden or no image files']
+    notes = [
+      f'{len(ignored):,} entries are hidden, links to folders or no image files'
+    ]
   labels = np.zeros(len(names), np.int32)
   return Files(root, tuple(names), labels), notes
 

@@ -52,6 +52,13 @@ class Mode:
 # Fields of `quant` that count in training alone.
 _TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
              'quant.dgd', 'quant.backward_bits')  # fmt: skip
+# What happens to models and images, and how often, in training alone.
+_AUGMENTED = (
+  'model.dropout', 'model.attention_dropout', 'model.embedding_dropout',
+  'model.head_dropout', 'model.stochastic_depth', 'model.remat', 'data.pad',
+  'data.flip', 'data.erase', 'data.mixup', 'data.cutmix', 'eval.every',
+  'checkpoint.every',
+)  # fmt: skip
 # Fields that count in --mode=predict alone.
 _PREDICT = ('eval.images', 'eval.top_k')
 
@@ -68,14 +75,16 @@ _TABLE = (
     'eval',
     "evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)",
     'eval:evaluate',
-    ignores=('optim', 'train', 'export', 'ptq', *_TRAINING, *_PREDICT),
+    ignores=('optim', 'train', 'export', 'log', 'ptq', *_TRAINING,
+             *_AUGMENTED, *_PREDICT),
     takes_packed=True,
   ),
   Mode(
     'ptq',
     'quantize a trained float model, a table of methods and bits',
     'ptq:ptq',
-    ignores=('optim', 'train', 'export', 'log', 'mesh', *_PREDICT),
+    ignores=('optim', 'train', 'export', 'log', 'mesh', *_AUGMENTED,
+             *_PREDICT),
     # The runs of a curve set bits themselves.
     ignores_training=('export', 'quant.default', 'quant.attention', *_PREDICT),
     counts=('quant.rules',),
@@ -91,8 +100,9 @@ _TABLE = (
              'ptq.calibration_examples', 'ptq.calibration_path', 'ptq.range',
              'ptq.scales', 'ptq.tune_steps', 'ptq.latency_batch',
              'ptq.rounds', 'ptq.qat_runs', 'ptq.qat_specs', 'ptq.qat_seeds',
-             *_PREDICT),
-    counts=('quant.rules',),
+             'eval', *_AUGMENTED),
+    counts=('quant.rules', 'ptq.choices', 'ptq.sensitivity_examples',
+            'ptq.budget_mb', 'ptq.budget_gbops'),
     takes_bits=False,
     needs_whole=True,
     processes='one',
@@ -102,7 +112,7 @@ _TABLE = (
     'print every quantizable product with its bits; needs no workdir',
     'sites:sites',
     ignores=('optim', 'train', 'weights', 'data', 'eval', 'checkpoint', 'mesh',
-             'log', 'seed', 'export', 'ptq', *_TRAINING),
+             'log', 'seed', 'export', 'ptq', *_TRAINING, *_AUGMENTED),
   ),
   Mode(
     'merge_lora',
@@ -128,9 +138,8 @@ _TABLE = (
     'predict:predict',
     ignores=('optim', 'train', 'log', 'seed', 'export', 'ptq', 'data.source',
              'data.name', 'data.dir', 'data.train_split', 'data.eval_split',
-             'data.holdout', 'data.bad_files', 'data.pad', 'data.flip',
-             'data.erase', 'data.mixup', 'data.cutmix', 'data.resident_mib',
-             'eval.num_examples', 'eval.every', *_TRAINING),
+             'data.holdout', 'data.bad_files', 'data.resident_mib',
+             'eval.num_examples', *_TRAINING, *_AUGMENTED),
     takes_packed=True,
     processes='one',
   ),
@@ -140,7 +149,7 @@ _TABLE = (
     'packed into integers',
     'export:export',
     ignores=('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed', 'ptq',
-             *_TRAINING),
+             *_TRAINING, *_AUGMENTED),
     needs_whole=True,
     processes='one',
   ),

@@ -37,9 +37,17 @@ def run(
   page: Any = None,
 ) -> None:
   """See `modes.run`."""
+  context = context_of(mode, config)
   resolved, notes = config_lib.resolve(
-    config, context_of(mode, config), overrides=overrides, page=page
+    config, context, overrides=overrides, page=page
   )
+  if context.mode.ignores_field('mesh.data'):  # of a training on more devices
+    mesh = {
+      name: field.default
+      for name, field in config_lib.FIELDS.items()
+      if field.section == 'mesh'
+    }
+    resolved = config_lib.with_fields(resolved, mesh)
   if workdir:
     processes.join()  # before anything asks JAX for its devices
   if mode.processes == 'one' and jax.process_count() > 1:

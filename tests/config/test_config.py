@@ -183,6 +183,11 @@ def test_an_override_that_another_mode_reads_is_mentioned(config):
     ('sites', 'quant.calibration_path', 'calibration'),
     ('export', 'quant.dgd', 1.0),
     ('sensitivity', 'ptq.rounds', 5),
+    ('eval', 'log.every', 5),
+    ('eval', 'data.mixup', 0.5),
+    ('predict', 'model.dropout', 0.5),
+    ('export', 'checkpoint.every', 5),
+    ('sensitivity', 'eval.batch_size', 5),
     ('benchmark', 'train.stages', ('all:0.5', 'norms:0.5')),
   ],
 )
@@ -193,6 +198,27 @@ def test_fields_of_training_are_mentioned_elsewhere(mode, field, value):
   notes = notes_of(config, mode=mode, overrides=[field])
   assert notes == [f'--config.{field} has no effect in --mode={mode}']
   assert not notes_of(config, mode=mode, overrides=['quant.recipe'])
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('ptq.choices', ('w8a8',)),
+    ('ptq.sensitivity_examples', 8),
+    ('ptq.budget_mb', 1.0),
+    ('ptq.budget_gbops', 1.0),
+  ],
+)
+def test_what_mixed_rows_read_is_refused_where_there_are_none(field, value):
+  config = common.get_config()
+  config.update_from_flattened_dict({field: value})
+  for mode in ('ptq', 'sensitivity'):
+    assert not notes_of(config, mode=mode, overrides=[field])
+  config.ptq.rows = ('fp32', 'w8a8')
+  assert not notes_of(config, mode='sensitivity', overrides=[field])
+  for overrides in ([field], []):  # a page is checked as flags are
+    with pytest.raises(ConfigError, match='is mixed_sensitivity; add it'):
+      notes_of(config, mode='ptq', overrides=overrides)
 
 
 @pytest.mark.parametrize(

@@ -612,3 +612,12 @@ def test_unknown_split_of_cifar100_names_those_it_has(cifar_config):
   cifar_config.data.eval_split = 'validation'
   with pytest.raises(DataError, match="'validation'.*test.*train|train.*test"):
     open_data(cifar_config, training=False)
+
+
+def test_an_evaluation_does_not_check_the_training_split():
+  config = common.get_config()
+  config.model.update(num_classes=10, image_size=8)
+  config.data.train_split = 'nothing'
+  assert open_data(config, training=False).eval.size == 360
+  with pytest.raises(DataError, match="digits has no split 'nothing'"):
+    open_data(config, training=True)

@@ -98,6 +98,17 @@ def test_sites_never_look_at_the_folder(folder_config, capsys):
   assert 'patch_embed' in capsys.readouterr().out
 
 
+def test_images_beside_the_class_folders_are_said(folder_config, tmp_path):
+  root = make_folder(tmp_path / 'set')
+  save(root / 'train' / 'stray.PNG', np.zeros((8, 8, 3), np.uint8))
+  data = opened(folder_config)
+  assert data.train.size == 8
+  (note,) = data.notes
+  assert note == (
+    'train: 1 images lie in no class folder and are not read: stray.PNG'
+  )
+
+
 def test_hidden_and_other_files_are_counted(folder_config, tmp_path):
   root = make_folder(tmp_path / 'set')
   for name in ('.DS_Store', 'Thumbs.db', 'notes.txt', '._000.png'):
@@ -108,7 +119,7 @@ def test_hidden_and_other_files_are_counted(folder_config, tmp_path):
   data = opened(folder_config)
   assert data.train.size == 8
   (note,) = data.notes
-  assert note.startswith('train: 4 entries are hidden or no image files')
+  assert note.startswith('train: 4 entries are hidden, links to folders')
   assert 'and 1 more' in note
 
 
@@ -226,7 +237,9 @@ def test_images_below_a_class_folder_are_read(folder_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name', ['__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '.git']
+  'name',
+  ['__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '.git', '__pycache__',
+   '#snapshot', '@tmp'],
 )
 def test_folders_of_systems_are_no_classes(folder_config, tmp_path, name):
   root = make_folder(tmp_path / 'set')

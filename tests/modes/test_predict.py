@@ -121,7 +121,7 @@ def test_unreadable_files_are_named_counted_and_left_out(
   assert f'{tmp_path}/1.png cannot be decoded (the file is empty)' in out
   assert f'{tmp_path}/zz.jpg cannot be decoded (it is none of' in out
   assert '2 files could not be decoded' in out
-  assert '1 entries are hidden or no image files' in out
+  assert '1 entries are hidden, links to folders or no image' in out
   assert '7 images; results in' in out
 
 

@@ -694,9 +694,9 @@ def test_more_calibration_images_than_there_are_is_refused(trained, tmp_path):
 
 
 def test_a_table_does_not_check_what_it_does_not_read(trained, tmp_path):
-  """A schedule of a training, and calibration where no row looks at it."""
+  """A schedule and a mesh of a training, calibration where no row looks."""
   config = ptq_config(trained, 'fp32')
-  config.ptq.calibration_examples = 5000
+  config.ptq.calibration_examples, config.mesh.fsdp = 5000, 8
   config.optim.warmup_steps = config.train.batch_size = 10**6
   config.train.update(
     steps=0, epochs=0.0, accumulate=7, stages=('nothing:1',)

@@ -3,6 +3,7 @@
 from qvit_jax.config.fields import (
   ANY,
   CURVE,
+  MIXES,
   ONE_UP,
   RANGES,
   STATIC,
@@ -60,20 +61,24 @@ FIELDS = (
   Field(
     'ptq.choices', ('w4a4', 'w4a8', 'w8a8'), strings(),
     'Specs that mixed_sensitivity chooses from and --mode=sensitivity tries.',
+    needs=(MIXES,),
   ),
   Field(
     'ptq.sensitivity_examples', 64, ONE_UP,
     'Images for the effect of one site; >= 1.',
+    needs=(MIXES,),
   ),
   Field(
     'ptq.budget_mb', 0.0, ZERO_UP,
     'Most that mixed_sensitivity may take. Both 0: bytes halfway between the '
     'smallest and the largest choice. Packed kernels with scales, in 10**6 '
     'bytes; >= 0.',
+    needs=(MIXES,),
   ),
   Field(
     'ptq.budget_gbops', 0.0, ZERO_UP,
     '10**9 bit operations an image; >= 0.',
+    needs=(MIXES,),
   ),
   Field(
     'ptq.tune_steps', 200, ONE_UP,
