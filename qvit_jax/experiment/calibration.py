@@ -195,6 +195,7 @@ class Calibration:
       'architecture': json.loads(json.dumps(models.architecture(self._config))),
       'weights': digest(params),
       'data': config['data'],
+      'data_digest': self._experiment.data.digest,
       'seed': config['seed'],
       'examples': config['ptq']['calibration_examples'],
       'scales': config['ptq']['scales'],

@@ -38,6 +38,24 @@ def check_classes(
   )
 
 
+def check_order(
+  experiment: Experiment, there: Sequence[str], place: pathlib.Path
+) -> None:
+  """Raises CheckpointError where a start has these classes in another order.
+
+  Other classes are no error: a training may start from them.
+  """
+  here = experiment.data.class_names
+  if weights.is_reordered(there, here):
+    raise CheckpointError(
+      f'{place} was trained on the same classes in another order (label 0 is '
+      f'{there[0]!r} there, {here[0]!r} here), so its head would name others; '
+      'give the data set it was trained on, or export it with '
+      '--config.export.layout=hf and start from that by weights.path, which '
+      'puts the head in order'
+    )
+
+
 def check_float_run(field: str, path: str) -> None:
   """Raises ConfigError where a path is a run of ours that learned its bits."""
   if runs.kind_of(path) != 'run':

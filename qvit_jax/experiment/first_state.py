@@ -91,6 +91,7 @@ def _start_from(
 ) -> tuple[TrainState, list[str]]:
   """Returns the state of a run that goes on from another one's variables."""
   run = runs.open_run(path)
+  checks.check_order(experiment, run.class_names, run.place)
   learned = {
     name
     for name in tree.flatten(experiment.model.shapes)
@@ -118,7 +119,9 @@ def _start_from_packed(
   """Returns the state of a run that goes on from a packed model."""
   model = experiment.model
   facts = models.architecture(experiment.config)
-  packed = runs.open_run(path).read_packed(model.plan.sites, facts)
+  run = runs.open_run(path)
+  checks.check_order(experiment, run.class_names, run.place)
+  packed = run.read_packed(model.plan.sites, facts)
   found, lines = unpack(model.method, packed, model.plan, model.ops)
   shapes = tree.flatten(model.shapes)
   found = {

@@ -137,6 +137,7 @@ class Sensitivity:
     matters = {
       'architecture': models.architecture(self.config),
       'data': {name: config['data'][name] for name in _DATA},
+      'data_digest': self.experiment.data.digest,
       'seed': config['seed'],
     }
     fresh = {

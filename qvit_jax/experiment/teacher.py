@@ -340,8 +340,7 @@ def _compare_classes(there: Sequence[str], here: Sequence[str]) -> list[str]:
   )
   if there == here:
     return []
-  order, _ = weights.order_of(there, here)
-  if order not in (None, list(range(len(here)))):
+  if weights.is_reordered(there, here):
     raise ConfigError(
       'it knows the same classes in another order, so its outputs would '
       'teach the wrong ones; give a teacher trained on this data set'

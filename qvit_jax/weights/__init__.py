@@ -1,7 +1,7 @@
 """Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.containers import open_source
-from qvit_jax.weights.facts import one_form, order_of
+from qvit_jax.weights.facts import is_reordered, one_form, order_of
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.load import load_weights, read_weights, resolve
@@ -15,6 +15,6 @@ from qvit_jax.weights.save import (
 
 __all__ = [
     'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'how_to_build',
-    'load_weights', 'one_form', 'open_source', 'order_of', 'read_weights',
-    'resolve', 'timm_arguments', 'translate',
+    'is_reordered', 'load_weights', 'one_form', 'open_source', 'order_of',
+    'read_weights', 'resolve', 'timm_arguments', 'translate',
 ]  # fmt: skip

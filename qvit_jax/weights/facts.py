@@ -279,6 +279,12 @@ def order_of(
   return None, 'some names stand twice'
 
 
+def is_reordered(there: Sequence[str], here: Sequence[str]) -> bool:
+  """Returns whether labels mean the same classes in another order."""
+  order, _ = order_of(there, here)
+  return order not in (None, list(range(len(there))))
+
+
 def _plain(name: str) -> str:
   return re.sub(r'[\s_-]+', ' ', one_form(name).casefold()).strip()
 

@@ -1,9 +1,13 @@
 """What a run takes over from another one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from qvit_jax import data as data_lib
 from qvit_jax import modes, tree, weights
+from qvit_jax.errors import CheckpointError
 from qvit_jax.experiment import first_state
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import train
@@ -69,6 +73,23 @@ def test_a_resume_names_changes_of_what_its_mode_reads(steps_only):
   _, _, lines = first_state.initial_state(experiment, own, is_read=is_read)
   changed = [line.split()[2] for line in lines if 'changed since' in line]
   assert changed == ['log.every']
+
+
+def test_a_start_from_classes_in_another_order_is_refused(steps_only, tmp_path):
+  config = config_of(**{'checkpoint.path': str(steps_only)})
+  data = data_lib.open_data(config, training=True)
+  own = Checkpoints(tmp_path / 'checkpoints', writer=True)
+  for names, is_refused in (
+    (data.class_names[::-1], True),
+    ([f'other {name}' for name in data.class_names], False),
+  ):
+    given = dataclasses.replace(data, class_names=tuple(names))
+    experiment = Experiment(config, training=True, data=given)
+    if not is_refused:
+      first_state.initial_state(experiment, own)
+      continue
+    with pytest.raises(CheckpointError, match=r'in another order \(label 0 is'):
+      first_state.initial_state(experiment, own)
 
 
 def test_learned_zero_points_are_not_kept_where_none_are_learned(

@@ -15,6 +15,7 @@ import pytest
 
 from qvit_jax import data as data_lib
 from qvit_jax import models, modes, tree
+from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import (
   CheckpointError,
   ConfigError,
@@ -416,6 +417,9 @@ def test_weights_of_a_file_make_a_teacher_of_a_size(tmp_path, monkeypatch):
   """A named size, written for PyTorch, teaches a smaller model."""
   monkeypatch.setitem(models.vit.SIZES, 'Ti', (24, 2, 3, 48))
   big = make_digits_config()
+  own = 'patch', 'width', 'depth', 'heads', 'mlp_dim'
+  for name in own:  # which the size decides
+    big.model[name] = config_lib.FIELDS[f'model.{name}'].default
   big.model.size = 'Ti/4'
   big.train.steps = 1
   big.eval.every = 1
