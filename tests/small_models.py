@@ -24,7 +24,8 @@ def rich_config(**fields):
 def random_params(config):
   """Parameters with norms, scales and biases that are not ones and zeros."""
   model = models.build_model(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  init = jax.jit(model.init)
+  params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
   rng = np.random.default_rng(0)
   return {
     name: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32)
@@ -34,7 +35,12 @@ def random_params(config):
 
 def logits(config, params, images):
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, params))}
-  return models.build_model(config).apply(variables, images)
+  return jax.jit(models.build_model(config).apply)(variables, images)
+
+
+def packed_logits(config, packed, images):
+  model = models.build_model(config, packed.ops)
+  return np.asarray(jax.jit(model.apply)(packed.variables, jnp.asarray(images)))
 
 
 def collect(config, params, batches, **wanted):

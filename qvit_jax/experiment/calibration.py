@@ -211,8 +211,10 @@ class Calibration:
     """
     try:
       there = _read_facts(path)
-      if there is not None and not facts['hessians']:
-        there['hessians'] = False  # more than is wanted does no harm
+      if there is not None:
+        there.setdefault('data_digest', facts['data_digest'])  # of older files
+        if not facts['hessians']:
+          there['hessians'] = False  # more than is wanted does no harm
       return _read_stats(path) if there == facts else None
     except WeightsError as error:
       if self._config.ptq.calibration_path:

@@ -137,9 +137,10 @@ class Sensitivity:
     matters = {
       'architecture': models.architecture(self.config),
       'data': {name: config['data'][name] for name in _DATA},
-      'data_digest': self.experiment.data.digest,
       'seed': config['seed'],
     }
+    if self.experiment.data.digest:  # not of sets that cannot change
+      matters['data_digest'] = self.experiment.data.digest
     fresh = {
       'environment': report.environment(),
       'config_digest': report.config_digest(matters),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from qvit_jax.errors import QuantError
 
@@ -35,16 +36,16 @@ def check_finite(
   Raises:
     QuantError: An array holds NaN or infinity; it is named.
   """
+  floats = {}
   for name, x in arrays.items():
     x = getattr(x, 'scale', x)  # of a QTensor
-    if isinstance(x, jax.core.Tracer) or not _is_float(x):
-      continue
-    ours = jnp if isinstance(x, jax.Array) else np
-    if not ours.isfinite(x).all():
-      count = int((~ours.isfinite(x)).sum())
+    if not isinstance(x, jax.core.Tracer) and _is_float(x):
+      floats[name] = x
+  for name, count in _count_broken(floats).items():
+    if count:
       raise QuantError(
-        f'{name}: {count:,} of {x.size:,} values are NaN or infinite, for '
-        f'which there is no code; {advice}'
+        f'{name}: {count:,} of {floats[name].size:,} values are NaN or '
+        f'infinite, for which there is no code; {advice}'
       )
 
 
@@ -63,9 +64,10 @@ def check_learned(quant: Mapping[str, Any]) -> None:
       name, x = f'{name}/scale', x.scale
     if not name.endswith(_STEPS) or isinstance(x, jax.core.Tracer):
       continue
+    x = np.asarray(x)  # small
     if (x <= 0).any():
       raise QuantError(
-        f'{name}: {int((x <= 0).sum()):,} of {x.size:,} scales are not above '
+        f'{name}: {(x <= 0).sum():,} of {x.size:,} scales are not above '
         f'0 (least {float(x.min()):.3g}), so that all codes mean zero; '
         f'{_EARLIER}, or train again with a smaller --config.optim.quant_lr'
       )
@@ -78,6 +80,24 @@ def at_site(path: str) -> Iterator[None]:
     yield
   except QuantError as error:
     raise QuantError(f'{path}: {error}') from error
+
+
+def _count_broken(arrays: Mapping[str, Any]) -> dict[str, int]:
+  """Returns how many values of each array are not finite."""
+  found, groups = {}, {}
+  for name, x in arrays.items():
+    if isinstance(x, jax.Array):  # a program for all on the same devices
+      groups.setdefault(frozenset(x.devices()), {})[name] = x
+    else:
+      found[name] = int((~np.isfinite(x)).sum())
+  for group in groups.values():
+    found |= jax.device_get(_count_on_device(group))
+  return {name: int(found[name]) for name in arrays}
+
+
+@jax.jit
+def _count_on_device(arrays: dict[str, Array]) -> dict[str, Array]:
+  return {name: (~jnp.isfinite(x)).sum() for name, x in arrays.items()}
 
 
 def _is_float(x: Any) -> bool:

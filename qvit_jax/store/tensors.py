@@ -169,7 +169,8 @@ def save_described(
   Raises:
     ExportError: The disk does not take it.
   """
-  arrays = {n: np.ascontiguousarray(np.asarray(x)) for n, x in arrays.items()}
+  # Not by ascontiguousarray, which gives scalars an axis.
+  arrays = {n: np.asarray(x, order='C') for n, x in arrays.items()}
   text = json.dumps(header)
   metadata = {key: text, _DIGEST: f'{_sha(text.encode())} {_content(arrays)}'}
   save_tensors(arrays, path, form='safetensors', metadata=metadata)

@@ -191,6 +191,7 @@ def test_threads_stream_the_images_of_the_resident_split_in_its_order():
   check_streaming(workers=0)
 
 
+@pytest.mark.slow
 def test_worker_processes_stream_the_same():
   # In a process of its own: workers get the split by pickle, and functions
   # under the signature checker of these tests have none.

@@ -34,7 +34,7 @@ def uneven_params(config, seed=0):
   """Host parameters by path, with biases and norms that do something."""
   model = models.build_model(config)
   images = jnp.zeros((1, config.model.image_size, config.model.image_size, 3))
-  params = model.init(jax.random.key(0), images)['params']
+  params = jax.jit(model.init)(jax.random.key(0), images)['params']
   rng = np.random.default_rng(seed)
   return {
     name: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32)
@@ -112,7 +112,7 @@ def test_a_switch_rounds_its_site_alone(experiment, params):
   switched = models.build_model(config, Ops(core=SwitchCore(3)))
   forward = jax.jit(switched.apply)
   base = forward({**variables, 'switch': switches(sites, None)}, images)
-  plain = models.build_model(config).apply(variables, images)
+  plain = jax.jit(models.build_model(config).apply)(variables, images)
   np.testing.assert_allclose(base, plain, atol=1e-5)
   for site in sites:
     found = forward({**variables, 'switch': switches(sites, site.path)}, images)

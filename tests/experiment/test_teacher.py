@@ -221,6 +221,7 @@ def test_a_run_learns_from_a_teacher_of_another_size(
   assert '  distill loss ' in printed
 
 
+@pytest.mark.slow
 def test_without_distillation_weight_the_teacher_changes_nothing(
   twin, tmp_path
 ):
@@ -234,6 +235,7 @@ def test_without_distillation_weight_the_teacher_changes_nothing(
   assert with_teacher == rows(tmp_path / 'without')
 
 
+@pytest.mark.slow
 def test_resume_with_a_teacher_ends_in_the_same_bits(
   twin, tmp_path, monkeypatch
 ):
@@ -403,6 +405,7 @@ def test_losses_see_the_queries_keys_and_features_of_both(twin, remat):
   assert qk['lhs'].shape == qk['rhs'].shape == (4, 5, 2, 8)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_with_a_teacher_equal_whole_ones(twin, tmp_path):
   for parts in (1, 4):
     config = student_config(twin, accumulate=parts, feature_weight=1.0)

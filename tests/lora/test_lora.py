@@ -510,6 +510,7 @@ def test_adapters_alone_are_no_model_to_start_from(trained, tmp_path):
     modes.run('eval', config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_bits(trained, tmp_path, monkeypatch):
   config = train_config()
   with monkeypatch.context() as context:

@@ -67,7 +67,7 @@ def probabilities(workdir, images, names):
     pixels.append(batches.fit(np.asarray(flat), 8) / np.float32(255))
   x = (np.stack(pixels) - config.data.mean) / np.array(config.data.std)
   x = jnp.asarray(x, jnp.float32)
-  logits = experiment.model.module.apply(variables, x)
+  logits = jax.jit(experiment.model.module.apply)(variables, x)
   return scipy.special.softmax(np.asarray(logits, np.float64), axis=1)
 
 

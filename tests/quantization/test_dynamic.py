@@ -1,5 +1,6 @@
 """Training with ranges found in each token, and from packed models."""
 
+import json
 import re
 
 import jax
@@ -184,7 +185,8 @@ def test_nothing_but_parameters_is_learned_without_steps(tmp_path, capsys):
   config.train.steps = config.eval.every = 2
   modes.run('train', config, str(tmp_path / 'run'))
   step = Checkpoints(tmp_path / 'run' / 'checkpoints', writer=False)
-  assert config.train.trainable == ('params',)
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert saved['train']['trainable'] == ['params']
   assert step.latest() == 2
   config.export.format = 'packed'
   modes.run('export', config, str(tmp_path / 'run'))

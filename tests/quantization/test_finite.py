@@ -43,7 +43,8 @@ def trained():
     plan = build_plan(config.quant, models.list_sites(config))
     ops = build_ops(config.quant, plan, hidden=models.stream(config).hidden)
     module = models.build_model(config, ops)
-    found[recipe] = module.init(jax.random.key(0), images), plan, ops
+    variables = jax.jit(module.init)(jax.random.key(0), images)
+    found[recipe] = variables, plan, ops
   return {
     name: ({k: np.asarray(x) for k, x in tree.flatten(v).items()}, plan, ops)
     for name, (v, plan, ops) in found.items()

@@ -121,6 +121,7 @@ def test_a_run_starts_from_the_scales_of_a_static_row(
   assert count == 2 * sum(1 if s.is_layer else 2 for s in plan.sites)
 
 
+@pytest.mark.slow
 def test_kernel_steps_start_as_without_it(float_run, files, tmp_path):
   _, found, _ = start(float_run, files, tmp_path)
   fields = {'quant.calibration_path': ''}
@@ -179,6 +180,7 @@ def learned_run(float_run, files, tmp_path_factory):
   return fields, place
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_no_file_and_goes_on_bitwise(
   learned_run, tmp_path, monkeypatch
 ):
@@ -197,10 +199,15 @@ def test_a_resumed_run_needs_no_file_and_goes_on_bitwise(
   ('fields', 'message'),
   [
     ({'checkpoint.path': ''}, 'plain.safetensors is of other weights; run'),
-    ({'checkpoint.path': '', 'model.norm_eps': 1e-5}, 'of another architect'),
-    (
+    pytest.param(
+      {'checkpoint.path': '', 'model.norm_eps': 1e-5},
+      'of another architect',
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
       {'quant.act_granularity': 'per_position'},
       'holds statistics per_tensor, not per',
+      marks=pytest.mark.slow,
     ),
     ({'quant.calibration_path': 'nowhere'}, 'nowhere/plain.safetensors is no '),
     (
@@ -235,6 +242,7 @@ def test_where_a_calibration_has_no_effect_it_is_refused():
     modes.run('train', config, 'unused', overrides=['quant.calibration_path'])
 
 
+@pytest.mark.slow
 def test_the_range_counts_with_a_calibration(
   float_run, files, tmp_path, capsys
 ):
@@ -262,9 +270,8 @@ def test_paths_of_what_is_not_finite_come_in_order():
   assert tree.not_finite({'c': good}) == []
 
 
-@pytest.mark.parametrize(
-  'clip_norm', [0.0, pytest.param(1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('clip_norm', [0.0, 1.0])
 def test_a_step_that_an_update_breaks_is_named(
   tmp_path, monkeypatch, clip_norm
 ):

@@ -441,7 +441,7 @@ def test_every_layer_and_update_draws_its_own_numbers(digits_config):
   ops = build_ops(config.quant, plan)
   model = models.build_model(config, type(ops)(core=Spy(plan, 8)))
   images = jnp.ones((2, 8, 8, 3))
-  variables = model.init(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   for seed in (0, 1):
     model.apply(variables, images, rngs={'rounding': jax.random.key(seed)})
   assert len(asked) == len({tuple(key) for key in asked}) == 2 * len(plan.sites)

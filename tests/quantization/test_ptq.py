@@ -408,9 +408,8 @@ def test_the_table_of_a_run(trained, tmp_path, monkeypatch, capsys):
   """One table for all that is read of one: its rows, its report, its files."""
   drawn = counted(monkeypatch, findings, 'histograms')
   passes = counted(monkeypatch, ptq_table.Table, '_eval_batches')
-  names = ('fp32', 'bf16', 'int8_dynamic', 'int8_static', 'int8_clip_95',
-           'int4_weight_only', 'w10a12', 'w4a4', 'w2a2+plain',
-           'mixed_sensitivity')  # fmt: skip
+  names = ('fp32', 'bf16', 'int8_static', 'int8_clip_95', 'int4_weight_only',
+           'w4a4', 'w2a2+plain', 'mixed_sensitivity')  # fmt: skip
   config = ptq_config(trained, *names)
   run = read(trained)
   run['baseline']['method'] = 'aqt'
@@ -445,10 +444,10 @@ def _check_numbers(found, trained, result):
   kinds = {name: row['execution'] for name, row in found.items()}
   assert kinds['fp32'] == kinds['bf16'] == 'float'
   assert kinds['int8_static'] == kinds['w4a4'] == 'integer'
-  assert kinds['int4_weight_only'] == kinds['w10a12'] == 'simulated'
+  assert kinds['int4_weight_only'] == 'simulated'
   why = found['int4_weight_only']['why']
   assert why.startswith('of 18 products: 14 of packed weights, dequantized')
-  assert found['int8_dynamic']['sqnr_db'] > 30 > found['w4a4']['sqnr_db'] > 5
+  assert 30 > found['w4a4']['sqnr_db'] > 5
   assert found['int8_static']['sqnr_db'] > 25
   assert found['int4_weight_only']['agreement'] > 0.9
   assert 4 <= found['mixed_sensitivity']['weight_bits'] <= 8
@@ -649,11 +648,11 @@ def test_a_packed_model_comes_back_from_its_file(trained, tmp_path):
   path = tmp_path / 'artifacts' / 'w4a8.safetensors'
   packed = artifacts.load(path, sites, architecture)
   images = normal((5, 8, 8, 3))
-  model = models.build_model(config, packed.ops)
-  found = model.apply(packed.variables, images)
+  forward = jax.jit(models.build_model(config, packed.ops).apply)
+  found = forward(packed.variables, images)
   artifacts.save(packed, tmp_path / 'again.safetensors', architecture)
   again = artifacts.load(tmp_path / 'again.safetensors', sites, architecture)
-  np.testing.assert_array_equal(model.apply(again.variables, images), found)
+  np.testing.assert_array_equal(forward(again.variables, images), found)
   with pytest.raises(Exception, match='of another model'):
     artifacts.load(path, sites, architecture | {'depth': 5})
 

@@ -38,6 +38,7 @@ from tests.small_models import (
   logits,
   normal,
   pack,
+  packed_logits,
   products,
   random_params,
   rich_config,
@@ -67,11 +68,6 @@ def model():
 def sqnr(wanted, found):
   noise = np.square(np.asarray(found) - wanted).sum()
   return 10 * np.log10(np.square(wanted).sum() / noise)
-
-
-def packed_logits(config, packed, images):
-  core = models.build_model(config, packed.ops)
-  return np.asarray(core.apply(packed.variables, jnp.asarray(images)))
 
 
 # Transforms

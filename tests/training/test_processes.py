@@ -53,6 +53,7 @@ def two():
     worker.communicate()
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_process_ends_both(two, tmp_path, small_disk):
   fill(small_disk, 2**17)
   workers = two(

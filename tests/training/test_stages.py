@@ -310,6 +310,7 @@ def test_evaluations_see_the_whole_plan(staged, tmp_path):
   assert baseline(staged)['weight_bits'] == 4
 
 
+@pytest.mark.slow
 def test_without_stages_nothing_is_said_and_all_is_one_of_them(
   tmp_path, capsys
 ):

@@ -98,6 +98,7 @@ def test_garbage_in_metrics_jsonl_is_dropped(tmp_path, line):
   assert [json.loads(x)['step'] for x in path.read_text().splitlines()] == [2]
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_tensorboard_is_said(small_disk):
   fill(small_disk, leave=8 * 1024)
   done = run_main(

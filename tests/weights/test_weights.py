@@ -456,7 +456,7 @@ def test_transformers_finds_the_mlp_again(width, mlp_dim):
 def test_every_output_of_an_export_has_one_name(names, written):
   """Else transformers builds a head of another size."""
   shape = dict(width=8, mlp_dim=16, depth=1, heads=2, patch=4, image_size=8,
-               norm_eps=1e-6, registers=0)  # fmt: skip
-  config = json.loads(hf_config(shape, 'hf', 3, class_names=names))
+               norm_eps=1e-6, registers=0, num_classes=3)  # fmt: skip
+  config = json.loads(hf_config(shape, {}, 'hf', class_names=names))
   assert config['id2label'] == dict(zip('012', written, strict=True))
   assert config['label2id'] == dict(zip(written, range(3), strict=True))
