@@ -1,5 +1,6 @@
 """Test set-up: CPU only, and fixtures shared by several files."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -28,6 +29,14 @@ os.environ.setdefault(
     '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
     '--xla_cpu_parallel_codegen_split_count=1',
 )  # fmt: skip
+
+
+def pytest_collection_finish():
+  """Keeps the garbage collector from walking over all of JAX at every turn."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 100)
+
 
 # For a process of its own, whose CPU then counts as eight devices.
 EIGHT_DEVICES = {

@@ -288,6 +288,7 @@ def test_a_teacher_that_trained_on_is_not_taken_for_itself(tmp_path):
   assert end_state(run)[1]['teacher']['path'] == str(there)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_a_teacher_it_did_not_have(twin, tmp_path, capsys):
   config = make_digits_config()
   config.train.steps = 3  # the window of step 3 is not written yet

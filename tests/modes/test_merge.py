@@ -105,7 +105,9 @@ def packed_run(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('requantize', ['nearest', 'gptq'])
+@pytest.mark.parametrize(
+  'requantize', ['nearest', pytest.param('gptq', marks=pytest.mark.slow)]
+)
 def test_packed_kernels_are_rounded_again(
   packed_run, tmp_path, capsys, requantize
 ):

@@ -142,6 +142,7 @@ def test_turning_nothing_is_refused():
     built(config)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_packed_file(tmp_path, capsys):
   def config_of(**fields):
     config = make_digits_config()

@@ -310,6 +310,7 @@ def test_the_first_broken_leaf_is_found_if_others_are_whole():
   assert [int(x) for x in found] == [1, -1, -1, 0]
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_named(tmp_path, monkeypatch):
   """The loss of the last update is still good; what it left is not."""
   config = config_of(**LEARNED | {'train.steps': 2})

@@ -65,6 +65,7 @@ def measured(start, tmp_path_factory):
   return place
 
 
+@pytest.mark.slow
 def test_points_are_those_of_ordinary_runs(start, measured, tmp_path):
   """The second seed by hand; the first one was stopped and went on."""
   points = read(measured)['curve']
@@ -88,6 +89,7 @@ def test_points_are_those_of_ordinary_runs(start, measured, tmp_path):
   assert [p | {'name': ''} for p in found] == [p | {'name': ''} for p in points]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('file', 'old', 'new'),
   [
@@ -110,6 +112,7 @@ def test_numbers_of_a_run_that_are_damaged_are_one_error(
     curve.given([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_nothing(start, measured, monkeypatch, capsys):
   def train(*given, **more):
     raise AssertionError('trained again')
@@ -131,6 +134,7 @@ def test_a_second_call_trains_nothing(start, measured, monkeypatch, capsys):
   modes.run('ptq', curve_config(start), str(measured))
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_or_weights_is_refused(
   start, measured, tmp_path
 ):
@@ -164,6 +168,7 @@ def test_a_point_of_images_that_changed_is_refused(start, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_shows_means_and_seeds(measured):
   result = read(measured)
   tops = [100 * p['top1_last'] for p in result['curve']]
