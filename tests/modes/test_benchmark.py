@@ -27,6 +27,7 @@ def test_candidates_take_turns():
   assert calls == ['a', 'b'] * 4  # a warm-up call each, then three rounds
 
 
+@pytest.mark.slow
 def test_benchmark_measures_the_model_beside_its_twins(
   digits_config, tmp_path, capsys
 ):

@@ -616,6 +616,7 @@ def qvit_run(float_run, tmp_path_factory):
   return digits_run(place, 'run', **qvit_changes(float_run)), place / 'run'
 
 
+@pytest.mark.slow
 def test_another_recipe_or_form_does_not_resume(float_run, qvit_run):
   changes = {**qvit_changes(float_run), 'quant.recipe': 'lsq'}
   with pytest.raises(Exception, match="quant.recipe is 'qvit' there, 'lsq'"):
@@ -655,6 +656,7 @@ def test_fields_of_other_recipes_are_refused(recipe, field, value, message):
     modes.run('train', config, 'unused', overrides=[field])
 
 
+@pytest.mark.slow
 def test_the_packed_export_of_a_run_has_its_accuracy(qvit_run, capsys):
   config, workdir = qvit_run
   config = config.copy_and_resolve_references()

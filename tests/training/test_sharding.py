@@ -172,6 +172,7 @@ def test_sharding_splits_large_arrays_and_names_the_others(eight_devices):
   )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, call_main):
   flags = (*TINY, '--config.train.steps=5', '--config.log.every=1')
   workers = start_two(*flags, f'--workdir={tmp_path / "two"}')
