@@ -455,7 +455,7 @@ def test_a_step_keeps_no_codes_for_its_gradients(recipe):
 
   def temporaries(recipe):
     config = learned_config(recipe)
-    config.model.update(depth=2, width=128, heads=4, mlp_dim=512)
+    config.model.update(depth=4, width=128, heads=4, mlp_dim=512)
     config.model.update(image_size=64, patch=8, dtype='bfloat16')
     if recipe == 'none':
       model = models.build_model(config)
