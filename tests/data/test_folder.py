@@ -769,6 +769,7 @@ def test_workers_outlive_signals_and_not_the_training(tmp_path):
     time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_and_skip_the_same(tmp_path):
   # In a process of its own: workers get the split by pickle, and functions
   # under the signature checker of these tests have none.

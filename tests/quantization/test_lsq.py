@@ -408,7 +408,12 @@ def test_params_keep_their_names_and_steps_their_places(recipe):
       'float32',
       marks=pytest.mark.slow,
     ),
-    ('statsq', {'act_granularity': 'per_token', 'hadamard': True}, 'float32'),
+    pytest.param(
+      'statsq',
+      {'act_granularity': 'per_token', 'hadamard': True},
+      'float32',
+      marks=pytest.mark.slow,
+    ),
     ('qvit', {}, 'bfloat16'),
     pytest.param(
       'qvit',

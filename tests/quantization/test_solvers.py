@@ -438,6 +438,7 @@ def test_entropy_cuts_what_hardly_occurs():
   assert high > 55
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'method',
   [

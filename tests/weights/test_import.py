@@ -233,6 +233,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_cache_is_used_and_the_commit_pinned(
   hub_cache, call_main, tmp_path
 ):
