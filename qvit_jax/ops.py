@@ -1,7 +1,7 @@
 """The one seam between a model and its arithmetic.
 
-A model never multiplies matrices itself: its layers are `SiteDense` and
-`SiteProduct`, and both hand their operands to the `Ops` they were given. `Ops`
+A model never multiplies itself: its layers are `SiteDense`, `SiteConv` and
+`SiteProduct`, and all hand their operands to the `Ops` they were given. `Ops`
 has four slots:
 
   core     how a product is computed: float, AQT, later learned steps or ints
@@ -18,7 +18,6 @@ d width, k heads, f hidden, i o weight in and out.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -28,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvit_jax.arithmetic.products import Dims, DotDims, Window, multiply
+
 LAYER_KINDS = ('dense', 'conv')
 PRODUCT_KINDS = ('qk', 'av')
-DotDims = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,13 @@ class Site:
 
   Attributes:
     path: Where it is, such as 'stage1/conv2'.
-    kind: 'dense', 'conv' (non-overlapping patches), 'qk' or 'av'.
+    kind: 'dense', 'conv', 'qk' or 'av'.
     lhs_shape: Left operand for one image, without the batch axis.
-    rhs_shape: Kernel [i, o] of a layer; right operand for one image otherwise.
+    rhs_shape: Kernel [i, o] of a layer, as a matrix (see `products`); right
+      operand for one image otherwise.
     macs: Multiply-accumulates for one image.
+    window: Of a convolution whose windows may overlap; None for one whose
+      input was cut into patches, which is a product of matrices.
   """
 
   path: str
@@ -50,6 +53,7 @@ class Site:
   lhs_shape: tuple[int, ...]
   rhs_shape: tuple[int, ...]
   macs: int
+  window: Window | None = None
 
   @property
   def is_layer(self) -> bool:
@@ -98,16 +102,16 @@ class Core(Protocol):
     site: Site,
     lhs: Array,
     rhs: Array | None,
-    dims: DotDims,
+    dims: Dims,
   ) -> Array:
-    """Returns lhs . rhs by `dims` (lax.dot_general's), in float32.
+    """Returns lhs . rhs by `dims`, in float32.
 
     Args:
       module: The calling layer; variables of the core are declared on it.
       site: What is computed.
       lhs: Activations, in the compute dtype.
       rhs: Float32 kernel [i, o] of a layer, or activations of a product.
-      dims: Dimension numbers of `lax.dot_general`.
+      dims: Dimension numbers of `lax.dot_general`, or a `Window`.
     """
 
 
@@ -134,51 +138,6 @@ class Delta(Protocol):
     """
 
 
-def precision_of(*operands: Array) -> jax.lax.Precision | None:
-  """Returns the precision of a product: float32 operands mean float32.
-
-  Accelerators multiply float32 as TF32 (GPU) or bf16 (TPU) unless they are
-  asked for more; half-width operands are exact as they are.
-  """
-  wide = any(x.dtype == jnp.float32 for x in operands)
-  return jax.lax.Precision.HIGHEST if wide else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot_general(lhs: Array, rhs: Array, dims: DotDims) -> Array:
-  """Returns the product accumulated in float32, for operands of one dtype.
-
-  Left to itself, autodiff of a bf16 product with a float32 result multiplies
-  float32 cotangents by bf16 operands, off the fast path of the hardware. Here
-  the cotangent is cast to the operands' dtype first; in float32 nothing
-  changes.
-  """
-  return jax.lax.dot_general(
-    lhs,
-    rhs,
-    dims,
-    precision=precision_of(lhs, rhs),
-    preferred_element_type=jnp.float32,
-  )
-
-
-def _dot_forward(lhs, rhs, dims):
-  return dot_general(lhs, rhs, dims), (lhs, rhs)
-
-
-def _dot_backward(dims, operands, cotangent):
-  _, pullback = jax.vjp(
-    lambda lhs, rhs: jax.lax.dot_general(
-      lhs, rhs, dims, precision=precision_of(lhs, rhs)
-    ),
-    *operands,
-  )
-  return pullback(cotangent.astype(operands[0].dtype))
-
-
-dot_general.defvjp(_dot_forward, _dot_backward)
-
-
 @dataclasses.dataclass(frozen=True)
 class FloatCore:
   """Plain products in the compute dtype of the activations."""
@@ -188,7 +147,7 @@ class FloatCore:
   def __call__(self, module, site, lhs, rhs, dims):
     """See `Core`."""
     del module, site
-    return dot_general(lhs, rhs.astype(lhs.dtype), dims)
+    return multiply(lhs, rhs.astype(lhs.dtype), dims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +158,7 @@ class Ops:
   delta: Delta | None = None
   rectify: Callable[[nn.Module, str, Array], Array] | None = None
   tap: (
-    Callable[[nn.Module, Site, Array, Array | None, DotDims], None] | None
+    Callable[[nn.Module, Site, Array, Array | None, Dims], None] | None
   ) = None
 
 
@@ -258,6 +217,57 @@ class SiteDense(nn.Module):
       y = delta.output(self, site, x, w, y)
     y = y.reshape(*lead, *self.features) + bias
     return y.astype(self.out_dtype or self.dtype)
+
+
+class SiteConv(nn.Module):
+  """A convolution whose product is a site.
+
+  Attributes:
+    features: Output channels.
+    window: How it slides.
+    ops: The arithmetic.
+    use_bias: Whether a bias is added; none before a BatchNorm.
+    init: Of the kernel [kh, kw, i / groups, o].
+    dtype: Compute dtype; parameters are float32.
+  """
+
+  features: int
+  window: Window
+  ops: Ops
+  use_bias: bool = True
+  init: Callable[..., Array] = nn.initializers.he_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w i']) -> Float[Array, 'b p q o']:
+    """Returns the result in the compute dtype."""
+    window, path = self.window, '/'.join(self.path)
+    inside = x.shape[-1] // window.groups
+    shape = (*window.size, inside, self.features)
+    matrix = math.prod(shape[:3]), self.features
+    w = None  # a packed core has its own
+    if not self.ops.core.is_packed or self.has_variable('params', 'kernel'):
+      kernel = self.param('kernel', self.init, shape, jnp.float32)
+      w = kernel.reshape(matrix)
+    x = x.astype(self.dtype)
+    pixels = math.prod(window.out_size(*x.shape[1:3]))
+    site = Site(
+      path, 'conv', x.shape[1:], matrix, pixels * math.prod(matrix), window
+    )
+    delta = self.ops.delta
+    if delta is not None:
+      w = delta.kernel(self, site, w)
+    if self.ops.tap is not None:
+      self.ops.tap(self, site, x, w, window)
+    y = self.ops.core(self, site, x, w, window)
+    if delta is not None:
+      y = delta.output(self, site, x, w, y)
+    if self.use_bias:
+      bias = self.param(
+        'bias', nn.initializers.zeros, (self.features,), jnp.float32
+      )
+      y = y + bias
+    return y.astype(self.dtype)
 
 
 class SiteProduct(nn.Module):

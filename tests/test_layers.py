@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # in lower rows, and itself. A new file in a folder needs no row.
 ORDER = (
   ('errors',),
-  ('tree', 'ops', 'rules'),
+  ('tree', 'arithmetic', 'rules'),
+  ('ops',),
   ('evaluation', 'config', 'models', 'data'),
   ('quantization',),
   ('lora', 'store', 'export'),

@@ -24,9 +24,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qvit_jax import rules, tree
+from qvit_jax.arithmetic.products import multiply
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import Family
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.ops import Site
 
 _LOFTQ_STEPS = 5  # as the paper's experiments
 _EPSILON = 1e-12
@@ -224,8 +225,8 @@ class Adapter:
       mask = jax.random.bernoulli(module.make_rng('dropout'), kept, x.shape)
       x = jnp.where(mask, x / kept, 0).astype(x.dtype)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    low = dot_general(x, factors['a'].astype(x.dtype), dims).astype(x.dtype)
-    y = y + spec.scale * dot_general(low, factors['b'].astype(x.dtype), dims)
+    low = multiply(x, factors['a'].astype(x.dtype), dims).astype(x.dtype)
+    y = y + spec.scale * multiply(low, factors['b'].astype(x.dtype), dims)
     if not spec.dora:
       return y
     if w is None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.arithmetic.products import multiply
+from qvit_jax.ops import Site
 from qvit_jax.quantization.qtensor import QTensor, dequantize
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 
@@ -25,11 +26,11 @@ class FrozenCore:
   def __call__(self, module, site: Site, lhs, rhs, dims):
     """See `ops.Core`; kernels in `params` and attention are float."""
     if rhs is not None:
-      return dot_general(lhs, rhs.astype(lhs.dtype), dims)
+      return multiply(lhs, rhs.astype(lhs.dtype), dims)
 
     @jax.checkpoint
     def product(x, kernel: QTensor):
-      return dot_general(x, dequantize(kernel).astype(x.dtype), dims)
+      return multiply(x, dequantize(kernel).astype(x.dtype), dims)
 
     return product(lhs, module.get_variable('quant', 'kernel'))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.arithmetic.products import multiply, spread
+from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
 from qvit_jax.quantization.qtensor import QTensor
 
@@ -46,8 +47,8 @@ def aqt_product(
     y = integer_dot(lhs, rhs, dims, largest, plan.reach * most)
     y = y.astype(jnp.int32)  # as AQT's, else XLA skips rounding to bf16 below
   else:
-    y = dot_general(lhs, rhs.astype(dtype), dims)
+    y = multiply(lhs, rhs.astype(dtype), dims)
   y = y.astype(dtype)
   for side, scale in scales.items():
-    y = y * numerics.spread(scale, dims, side, y.ndim)
+    y = y * spread(scale, dims, side, y.ndim)
   return y.astype(jnp.float32)

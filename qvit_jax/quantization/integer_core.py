@@ -16,7 +16,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qvit_jax.ops import Site, dot_general, precision_of
+from qvit_jax.arithmetic.products import multiply, precision_of, spread
+from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
 from qvit_jax.quantization.aqt_product import aqt_product
 from qvit_jax.quantization.hadamard import turn_blocks
@@ -145,7 +146,7 @@ def _half_float(x, scale, kernel, dims):
     w = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
     dtype = x.dtype if scale is None else jnp.promote_types(x.dtype, w.dtype)
     x, w = x.astype(dtype), w.astype(dtype)
-  y = dot_general(x, w, dims)
+  y = multiply(x, w, dims)
   for one in (columns, scale):
     if one is not None:
       y = y * one
@@ -186,7 +187,7 @@ class IntegerCore:
   def _dot(self, lhs, rhs, dims, largest: int, total: int = 0):
     if self.is_exact:
       return exact_dot(lhs, rhs, dims, largest, total)
-    return dot_general(lhs, rhs, dims)
+    return multiply(lhs, rhs, dims)
 
   def _layer(self, module, plan: SitePlan, x):
     kernel = module.get_variable('quant', 'kernel')
@@ -221,7 +222,7 @@ class IntegerCore:
 
   def _product(self, module, plan: SitePlan, lhs, rhs, dims):
     if plan.acts is None:
-      return dot_general(lhs, rhs, dims)
+      return multiply(lhs, rhs, dims)
     ((left,), (right,)), _ = dims
     if plan.softmax != 'uniform':
       levels = LEVELS[plan.softmax]
@@ -236,9 +237,9 @@ class IntegerCore:
     if plan.is_integer:
       y = self._dot(a, b, dims, (2**plan.acts - 1) ** 2)
     else:
-      y = dot_general(a, b.astype(a.dtype), dims)
+      y = multiply(a, b.astype(a.dtype), dims)
     for side, x, scale in ((1, b, b_scale), (0, a, a_scale)):
       if scale is not None:  # calibrated ones have no batch axis
         full = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-        y = y * numerics.spread(full, dims, side, y.ndim)
+        y = y * spread(full, dims, side, y.ndim)
     return y

@@ -155,20 +155,3 @@ def search_scale(
     chosen = jnp.where(error < best, widest * share, chosen)
     best = jnp.minimum(error, best)
   return chosen
-
-
-def spread(scale, dims, side: int, ndim: int):
-  """Returns the scale of one operand with the axes of the product.
-
-  Args:
-    scale: With the operand's axes; the contracted one has length 1.
-    dims: Dimension numbers.
-    side: 0 for the left operand, 1 for the right one.
-    ndim: Of the product: batch axes, the left's own, the right's own.
-  """
-  (axis,), batch = dims[0][side], dims[1][side]
-  own = [i for i in range(scale.ndim) if i != axis and i not in batch]
-  scale = scale.transpose(*batch, *own, axis)[..., 0]
-  cut = len(batch) if side else scale.ndim
-  others = (1,) * (ndim - scale.ndim)
-  return scale.reshape(*scale.shape[:cut], *others, *scale.shape[cut:])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from qvit_jax import models
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.arithmetic.products import multiply
+from qvit_jax.ops import Site
 from qvit_jax.quantization.integer_core import exact_dot
 from qvit_jax.quantization.methods.aqt import AqtCore
 from qvit_jax.quantization.ptq import adaround, gptq
@@ -51,10 +52,10 @@ def aqt_product(weights, acts, *, is_gradient):
 @pytest.mark.parametrize(
   'case',
   (
-    ('float product', lambda: (lambda a: dot_general(a, a, PLAIN), square())),
+    ('float product', lambda: (lambda a: multiply(a, a, PLAIN), square())),
     (
       'its gradient',
-      lambda: (jax.grad(lambda a: dot_general(a, a, PLAIN).sum()), square()),
+      lambda: (jax.grad(lambda a: multiply(a, a, PLAIN).sum()), square()),
     ),
     (
       'carrier of wide codes',

@@ -25,7 +25,8 @@ from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import int_numerics
 from jaxtyping import Array, Float
 
-from qvit_jax.ops import Ops, dot_general, precision_of
+from qvit_jax.arithmetic.products import multiply, precision_of
+from qvit_jax.ops import Ops
 from qvit_jax.quantization import numerics, qtensor
 from qvit_jax.quantization.integer_core import SitePlan
 from qvit_jax.quantization.methods.method import BITS, Method
@@ -142,7 +143,7 @@ class AqtCore:
     rhs_bits = spec.weights if site.is_layer else spec.acts
     rhs = rhs.astype(lhs.dtype)
     if spec.acts is None and rhs_bits is None:
-      return dot_general(lhs, rhs, dims)
+      return multiply(lhs, rhs, dims)
     dtype = numerics.aqt_dtype(lhs.dtype)
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     per_tensor = self.plan.act_granularity == 'per_tensor'

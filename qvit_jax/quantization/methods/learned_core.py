@@ -14,8 +14,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qvit_jax.arithmetic.products import multiply
 from qvit_jax.errors import QuantError
-from qvit_jax.ops import Ops, Site, dot_general
+from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import numerics, qtensor
 from qvit_jax.quantization.hadamard import hadamard_block, turn_blocks
 from qvit_jax.quantization.integer_core import SitePlan
@@ -80,7 +81,7 @@ class LearnedCore:
     if site.is_layer and spec.weights is not None:
       coders[1], learned[1] = self._kernel(module, rhs, spec.weights)
     if coders == [None, None]:
-      return dot_general(lhs, rhs.astype(lhs.dtype), dims)
+      return multiply(lhs, rhs.astype(lhs.dtype), dims)
     if coders[1] is None:
       rhs = rhs.astype(lhs.dtype)
     product = lsq.Product(dims, *coders, dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qvit_jax.ops import DotDims, precision_of
+from qvit_jax.arithmetic.products import DotDims, precision_of, spread
 from qvit_jax.quantization import numerics
 
 # A step below it stands for a dead operand; its gradient still passes.
@@ -292,7 +292,7 @@ def _worth(product: Product, lhs, rhs, left, right):
     else:
       worth = jnp.maximum(how[0], LEAST)
     full = worth.reshape((1,) * (x.ndim - worth.ndim) + worth.shape)
-    found.append(numerics.spread(full, product.dims, side, len(out.shape)))
+    found.append(spread(full, product.dims, side, len(out.shape)))
   return found
 
 
@@ -308,7 +308,7 @@ def _backward(product: Product, saved, cotangent):
   dtype = product.dtype or lhs.dtype
   # Of levels, not of codes: a cotangent times steps underflows in float16.
   levels = (x if worth is None else x * worth for x, worth in coded)
-  # In the compute dtype, results too: see `ops.dot_general`.
+  # In the compute dtype, results too: see `products.multiply`.
   _, pullback = jax.vjp(
     lambda a, b: jax.lax.dot_general(
       a, b, product.dims, precision=precision_of(a, b)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax import tree
-from qvit_jax.ops import Site, dot_general
+from qvit_jax.arithmetic.products import multiply
+from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
 
 
@@ -59,7 +60,7 @@ class SwitchCore:
     """See `ops.Core`."""
     rhs = rhs.astype(lhs.dtype)
     if self.bits is None:
-      return dot_general(lhs, rhs, dims)
+      return multiply(lhs, rhs, dims)
     on = module.variable('switch', 'on', lambda: jnp.asarray(False)).value
     (left, right), _ = dims
 
@@ -72,4 +73,4 @@ class SwitchCore:
     lhs = rounded(lhs, left)
     if not site.is_layer:
       rhs = rounded(rhs, right)
-    return dot_general(lhs, rhs, dims)
+    return multiply(lhs, rhs, dims)
