@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.ops import Ops, Stream
 
 
@@ -22,6 +23,7 @@ class Family:
     targets: {name: regex of layer paths} that `lora.targets` may name.
     stream: config.model -> its residual stream; None: the family has none
       whose channels could be turned or scaled as one.
+    statistics: How norms keep statistics; None: no norm of the family does.
   """
 
   from_config: Callable[[Any, Ops], Any]
@@ -32,3 +34,4 @@ class Family:
   head: str
   targets: dict[str, str]
   stream: Callable[[Any], Stream] | None = None
+  statistics: Statistics | None = None
