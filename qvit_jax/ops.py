@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.arithmetic.products import Dims, DotDims, Window, multiply
+from qvit_jax.errors import ConfigError
 
 LAYER_KINDS = ('dense', 'conv')
 PRODUCT_KINDS = ('qk', 'av')
@@ -82,6 +83,27 @@ class Stream:
   values: tuple[tuple[str, str], ...]
   queries: tuple[tuple[str, str], ...]
   hidden: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Two layers between which channels can be scaled, by path.
+
+  The second layer alone reads what the first gives, through an activation f
+  with f(s x) = s f(x) for s > 0, up to a ceiling. An input channel of the
+  second is a row of its kernel matrix modulo the channels of the first.
+
+  Attributes:
+    first: The layer whose output channels are scaled.
+    second: The layer whose input channels are scaled back.
+    ceiling: Beyond it the activation is constant (6 of a ReLU6); None: none.
+    is_linear: Whether there is no activation at all.
+  """
+
+  first: str
+  second: str
+  ceiling: float | None = None
+  is_linear: bool = False
 
 
 @runtime_checkable
@@ -172,6 +194,7 @@ class SiteDense(nn.Module):
     kind: 'dense', or 'conv' when the input axes are those of a patch.
     dtype: Compute dtype; parameters are float32.
     out_dtype: Of the result; the compute dtype by default.
+    init: Of the kernel.
   """
 
   features: tuple[int, ...]
@@ -180,6 +203,7 @@ class SiteDense(nn.Module):
   kind: str = 'dense'
   dtype: Any = jnp.float32
   out_dtype: Any = None
+  init: Callable[..., Array] = nn.initializers.truncated_normal(0.02)
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b ...']) -> Float[Array, 'b ...']:
@@ -188,12 +212,8 @@ class SiteDense(nn.Module):
     matrix = math.prod(inside), math.prod(self.features)
     w = None  # a packed core has its own
     if not self.ops.core.is_packed or self.has_variable('params', 'kernel'):
-      kernel = self.param(
-        'kernel',
-        nn.initializers.truncated_normal(0.02),
-        inside + self.features,
-        jnp.float32,
-      )
+      shape = inside + self.features
+      kernel = self.param('kernel', self.init, shape, jnp.float32)
       w = kernel.reshape(matrix)
     bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
     # One canonical product, x [..., i] by w [i, o], whatever the axes: every
@@ -240,8 +260,14 @@ class SiteConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w i']) -> Float[Array, 'b p q o']:
-    """Returns the result in the compute dtype."""
+    """Returns the result in the compute dtype.
+
+    Raises:
+      ConfigError: Groups do not divide the channels, or the padded image is
+        smaller than the kernel.
+    """
     window, path = self.window, '/'.join(self.path)
+    _check(window, path, x.shape, self.features)
     inside = x.shape[-1] // window.groups
     shape = (*window.size, inside, self.features)
     matrix = math.prod(shape[:3]), self.features
@@ -268,6 +294,22 @@ class SiteConv(nn.Module):
       )
       y = y + bias
     return y.astype(self.dtype)
+
+
+def _check(window: Window, path: str, shape, features: int) -> None:
+  """Raises ConfigError where a window does not go with its input."""
+  _, height, width, channels = shape
+  if channels % window.groups or features % window.groups:
+    raise ConfigError(
+      f'{path} has {window.groups} groups, which do not divide its {channels} '
+      f'input and {features} output channels; choose groups that divide both'
+    )
+  if min(window.out_size(height, width)) < 1:
+    raise ConfigError(
+      f'{path} slides a window of {window.size[0]} x {window.size[1]} over '
+      f'{height} x {width} pixels, which is larger; raise '
+      '--config.model.image_size='
+    )
 
 
 class SiteProduct(nn.Module):

@@ -37,6 +37,7 @@ class Field:
     text: What it means, its unit and its legal values, for a person.
     needs: It counts only where all of these hold.
     of_method: Whether it counts only where `quant.recipe` reads it.
+    of_family: Whether it counts only where the family `model.name` reads it.
     is_path: Whether it holds a path (or some), in which ~ is the home folder.
     choices: Whether its legal values are names of a table of the package.
   """
@@ -47,6 +48,7 @@ class Field:
   text: str
   needs: tuple[Need, ...] = ()
   of_method: bool = False
+  of_family: bool = False
   is_path: bool = False
   choices: bool = False
 

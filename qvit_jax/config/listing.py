@@ -80,6 +80,8 @@ def _whole(field: Field, ignored_by: list[str], value: Any) -> list[str]:
     found.append('    a path: ~ is the home folder')
   if field.of_method:
     found.append('    counts where quant.recipe reads it')
+  if field.of_family:
+    found.append('    counts where the family model.name reads it')
   for need in field.needs:
     found.append(f'    does not count where {need.hint}')
   if ignored_by:

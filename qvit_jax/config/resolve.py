@@ -43,11 +43,13 @@ class Context:
   Attributes:
     mode: A `modes.Mode`.
     methods: Those that `quant.recipe` may name: `quantization.METHODS`.
+    families: Those that `model.name` may name: `models.FAMILIES`.
     choices: {field: names that it may be}.
   """
 
   mode: Any
   methods: Mapping[str, Any]
+  families: Mapping[str, Any]
   choices: Mapping[str, Iterable[str]]
 
 
@@ -264,6 +266,13 @@ def _why_inert(field: Field, config: Any, context: Context) -> str:
     others = [n for n, method in methods.items() if field.name in method.reads]
     return (
       f'quant.recipe={recipe!r} does not read it; set --config.quant.recipe='
+      f'{" or ".join(others)}'
+    )
+  families, kind = context.families, config.model.name
+  if field.of_family and field.name not in families[kind].reads:
+    others = [n for n, other in families.items() if field.name in other.reads]
+    return (
+      f'model.name={kind!r} does not read it; set --config.model.name='
       f'{" or ".join(others)}'
     )
   for need in field.needs:

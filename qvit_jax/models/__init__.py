@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qvit_jax.errors import ConfigError
-from qvit_jax.models import vit
+from qvit_jax.models import mobilenet, vgg, vit
 from qvit_jax.models.family import Family
 from qvit_jax.ops import Ops, Site, Stream
 
@@ -15,7 +15,11 @@ __all__ = [
     'stream', 'tensor_rules',
 ]  # fmt: skip
 
-FAMILIES: dict[str, Family] = {'vit': vit.FAMILY}
+FAMILIES: dict[str, Family] = {
+  'vit': vit.FAMILY,
+  'vgg': vgg.FAMILY,
+  'mobilenet_v2': mobilenet.FAMILY,
+}
 
 
 def family(config) -> Family:

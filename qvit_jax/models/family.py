@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qvit_jax.models.batch_norm import Statistics
-from qvit_jax.ops import Ops, Stream
+from qvit_jax.ops import Ops, Pair, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,11 @@ class Family:
     stem: Path of the first layer, which sees pixels.
     head: Path of the last layer, which gives the logits.
     targets: {name: regex of layer paths} that `lora.targets` may name.
+    reads: Fields of `config.model` that only some families read, and this one
+      does ('model.heads'); the others are refused where somebody sets them.
     stream: config.model -> its residual stream; None: the family has none
       whose channels could be turned or scaled as one.
+    pairs: config.model -> layers between which channels can be scaled.
     statistics: How norms keep statistics; None: no norm of the family does.
   """
 
@@ -33,5 +36,7 @@ class Family:
   stem: str
   head: str
   targets: dict[str, str]
+  reads: tuple[str, ...]
   stream: Callable[[Any], Stream] | None = None
+  pairs: Callable[[Any], tuple[Pair, ...]] = lambda model: ()
   statistics: Statistics | None = None

@@ -363,5 +363,14 @@ FAMILY = Family(
     'mlp': r'mlp/fc[12]$',
     'all': r'',
   },
+  reads=tuple(
+    f'model.{name}'
+    for name in (
+        'patch', 'width', 'depth', 'heads', 'mlp_dim', 'pool',
+        'norm_after_pool', 'registers', 'layer_scale', 'qk_norm', 'norm_eps',
+        'dropout', 'attention_dropout', 'embedding_dropout', 'head_dropout',
+        'stochastic_depth', 'remat',
+    )
+  ),  # fmt: skip
   stream=stream,
 )

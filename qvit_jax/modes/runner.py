@@ -25,7 +25,7 @@ def context_of(mode: Mode, config: Any) -> config_lib.Context:
     'quant.recipe': METHODS,
     'export.layout': weights.LAYOUTS,
   }
-  return config_lib.Context(mode, METHODS, choices)
+  return config_lib.Context(mode, METHODS, models.FAMILIES, choices)
 
 
 def run(

@@ -49,6 +49,7 @@ FLAT = models.Family(
   stem='first',
   head='last',
   targets={'all': ''},
+  reads=('model.patch',),
 )
 
 
@@ -110,7 +111,7 @@ def test_an_unknown_kind_of_model_is_refused_with_the_known_ones(
 ):
   config = make_digits_config()
   config.model.name = 'resnet'
-  wanted = r"^model.name='resnet' .* allowed: 'vit'. Set --config.model.name="
+  wanted = r"^model.name='resnet' .* allowed: 'vit' \| 'vgg' \| 'mobilenet_v2'. Set --config.model.name="
   with pytest.raises(ConfigError, match=wanted):
     modes.run(mode, config, str(tmp_path))
   assert not list(tmp_path.iterdir())
@@ -174,7 +175,7 @@ from qvit_jax.models.vit import FAMILY as VIT
 FAMILY = Family(
   from_config=VIT.from_config, architecture=VIT.architecture,
   title=lambda model: 'of tomorrow', tensor_rules=(), stem=VIT.stem,
-  head=VIT.head, targets=VIT.targets,
+  head=VIT.head, targets=VIT.targets, reads=VIT.reads,
 )
 '''
 RUN = """
@@ -196,8 +197,8 @@ def test_a_new_family_is_a_file_and_its_entry(tmp_path):
   table = place / '__init__.py'
   text = table.read_text()
   for there, more in (
-    ('from qvit_jax.models import vit', 'from qvit_jax.models import new, vit'),
-    ("{'vit': vit.FAMILY}", "{'new': new.FAMILY, 'vit': vit.FAMILY}"),
+    ('import mobilenet, vgg, vit', 'import mobilenet, new, vgg, vit'),
+    ("  'vit': vit.FAMILY,", "  'new': new.FAMILY,\n  'vit': vit.FAMILY,"),
   ):
     assert text.count(there) == 1
     text = text.replace(there, more)
