@@ -15,8 +15,9 @@ model
   model.name = 'vit'
     The family of models.
   model.size = ''
-    'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'. '' takes the
-    five numbers below instead.
+    vit: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; ''
+    takes the five numbers below instead. vgg: '11', '13', '16' or '19' layers.
+    mobilenet_v2: a factor of all channels from '0.35' to '1.4'.
   model.patch = 16
     Side of a patch in pixels; divides image_size.
   model.width = 192
@@ -47,6 +48,21 @@ model
     LayerNorm on queries and keys of each head.
   model.norm_eps = 1e-06
     Epsilon of every LayerNorm; > 0.
+  model.channels = 64
+    Of vgg's first stage; others have 2, 4 and 8 times as many, hidden layers of
+    the classifier 64 times; 64 in the paper.
+  model.classifier = 'paper'
+    Of vgg: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | 'linear'
+    (mean of the image, head), for small images.
+  model.padding = 'torch'
+    Where a stride skips pixels: 'torch' (as many zeros on both sides) | 'same'
+    (TensorFlow's: as few as the image size allows, the odd one below and on the
+    right). Trained weights know one of them.
+  model.batch_norm = 'train'
+    BatchNorm behind convolutions: 'train' (training normalises by the batch and
+    averages its statistics) | 'held' (training too normalises by the averages,
+    which stay as they are) | 'none' (there is none, or it is folded into
+    kernels and biases).
   model.dropout = 0.0
     After attention and in the MLP; [0, 1).
   model.attention_dropout = 0.0
@@ -54,7 +70,7 @@ model
   model.embedding_dropout = 0.0
     After the position embedding; [0, 1).
   model.head_dropout = 0.0
-    Before the head; [0, 1).
+    Before the head, and between the hidden layers of vgg's classifier; [0, 1).
   model.stochastic_depth = 0.0
     Chance to skip the last block's branches, growing linearly from 0 at the
     first block; [0, 1).
@@ -62,7 +78,7 @@ model
     Of products: 'bfloat16' | 'float16' (with loss scaling) | 'float32';
     parameters, norms and softmax are float32.
   model.remat = False
-    Recompute blocks in the backward pass: less memory.
+    Recompute blocks (stages of vgg) in the backward pass: less memory.
 
 quant
   quant.recipe = 'none'
@@ -257,7 +273,11 @@ train
     (bits as planned, all is trained) | 'acts' (kernels in float) | 'weights'
     (activations in float) | 'norms' (only norms, biases, LayerScale and
     collections besides params are trained) | 'freeze' (statsq: weights far from
-    a rounding boundary are held; see quant.freeze). () = 'all'.
+    a rounding boundary are held; see quant.freeze) | 'held' (statistics of
+    BatchNorm stay as they are). () = 'all'.
+  train.reestimate_batches = 0
+    Batches of training images, without augmentation, from which statistics of
+    BatchNorm are estimated anew after the last update; 0 = off.
   train.teacher = ''
     A model to learn from: the workdir of a run of ours, of any size and bits,
     or what weights.path takes; '' = none.

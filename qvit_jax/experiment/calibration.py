@@ -19,6 +19,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError, QuantError, WeightsError
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import folded
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.learned_start import calibrated_steps
 from qvit_jax.quantization.ptq import calibrate
@@ -247,7 +248,7 @@ def learned_start(
 
   Args:
     experiment: Of a recipe with learned steps.
-    params: The parameters that the run starts from, by path.
+    params: The parameters that the run starts from, by path, norms folded.
 
   Returns:
     {'quant/SITE/lhs_step': array} in the shapes of the model's variables, with
@@ -268,7 +269,7 @@ def learned_start(
       'the folder `calibration` of a --mode=ptq run of the same float model, '
       'or leave the path out'
     )
-  here = json.loads(json.dumps(models.architecture(config)))
+  here = json.loads(json.dumps(models.architecture(folded(config))))
   reasons = {
     'format': (_FORMAT, 'has another format'),
     'architecture': (here, 'is of another architecture'),

@@ -17,6 +17,7 @@ from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.evaluation.timing import compile_timed
 from qvit_jax.experiment.model import Model
+from qvit_jax.models import batch_norm
 from qvit_jax.quantization.methods import oscillation
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import digest
@@ -51,6 +52,11 @@ def schedule_line(config: Any, size: int) -> str:
     f'{optim.name}, lr {optim.lr:g} {optim.schedule} after {warmup} warm-up '
     'steps'
   )
+
+
+def _flag(fields: Mapping[str, Any]) -> str:
+  """Returns fields as one writes them on the command line."""
+  return ' --config.'.join(f'{name}={value}' for name, value in fields.items())
 
 
 class Experiment:
@@ -114,6 +120,7 @@ class Experiment:
     self.schedule = optimizer.make_schedule(
       config, self.total_steps, self.warmup
     )
+    self._check_statistics()
     self._trained, _ = split_collections(self.model.shapes, train.trainable)
     self.tx = optimizer.make_optimizer(config, self.schedule, self._trained)
     self._make_state = functools.partial(
@@ -121,11 +128,32 @@ class Experiment:
       tx=self.tx,
       trainable=train.trainable,
       ema=train.ema_decay > 0,
+      changing=self.model.changing,
     )
     self.state_shapes: TrainState = jax.eval_shape(
       self._make_state, self.model.shapes
     )
     self.state_shardings, self.whole = self._shardings(self.state_shapes)
+
+  def _check_statistics(self) -> None:
+    """Raises ConfigError where statistics of norms cannot be had."""
+    train, model = self.config.train, self.model
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    images = train.batch_size // (parts * train.accumulate)
+    if model.changing and images < 2:
+      raise ConfigError(
+        f'train.batch_size={train.batch_size} puts {images} image on a device '
+        'at a time (over mesh.data, mesh.fsdp and train.accumulate), of which '
+        'BatchNorm gets no statistics worth the name; set '
+        f'--config.train.batch_size={2 * parts * train.accumulate} or more, or '
+        f'hold them with --config.{_flag(models.statistics(self.config).held)}'
+      )
+    if train.reestimate_batches and not model.changing:
+      why = model.held or 'no norm of the model keeps statistics'
+      raise ConfigError(
+        f'train.reestimate_batches={train.reestimate_batches} would have no '
+        f'effect: {why}; set --config.train.reestimate_batches=0'
+      )
 
   def _shardings(self, shapes: Any) -> tuple[Any, list[str]]:
     rules = models.tensor_rules(self.config)
@@ -146,7 +174,8 @@ class Experiment:
   def stages(self) -> tuple[stages_lib.Stage, ...]:
     """The stages of the training; a bad list raises ConfigError."""
     stages = stages_lib.resolve(self.config.train.stages, self.total_steps)
-    stages_lib.check(stages, self._trained, self.model.plan.specs)
+    changing = self.model.changing
+    stages_lib.check(stages, self._trained, self.model.plan.specs, changing)
     freezes = [s for s in stages if stages_lib.KINDS[s.name].freezes]
     if freezes and not self.model.method.freezes:
       raise ConfigError(
@@ -189,19 +218,35 @@ class Experiment:
     return tree.unflatten({**tree.flatten(variables), **imported}, variables)
 
   def _fit(
-    self, variables: dict[str, Any], images: jax.Array
+    self, variables: dict[str, Any], images: jax.Array, *, known: bool = True
   ) -> dict[str, Any]:
-    learned = self.model.fitted
+    """Returns variables with learned steps that go with the images.
+
+    Args:
+      variables: Of the model.
+      images: As evaluation sees them.
+      known: Whether statistics of norms are known, so that they can be used.
+    """
+    learned, changing = self.model.fitted, self.model.changing
     if not learned:
       return variables
-    # Steps follow from what the layers see with the weights that count.
-    _, fitted = self.model.module.apply(variables, images, mutable=learned)
-    return {**variables, **fitted}
+    # Steps follow from what the layers see with the weights that count; where
+    # nothing was trained yet, norms go by these images, as in the first update.
+    batch = {} if known or not changing else {
+      'train': True, 'rngs': {'dropout': jax.random.key(0)}
+    }  # fmt: skip
+    _, fitted = self.model.module.apply(
+      variables, images, mutable=(*learned, *changing), **batch
+    )
+    return {**variables, **{name: fitted[name] for name in learned}}
 
   def _fresh(
     self, key: jax.Array, imported: dict[str, Any], images: jax.Array
   ) -> dict[str, Any]:
-    return self._fit(self._init(key, imported, images), images)
+    variables = self._init(key, imported, images)
+    return self._fit(
+      variables, images, known=bool(batch_norm.norms(imported))
+    )
 
   def _first_images(self) -> jax.Array:
     """Returns what learned steps are fitted to, as evaluation sees it.
@@ -259,7 +304,10 @@ class Experiment:
     make = jax.jit(self._init, out_shardings=before)
     variables = make(key, imported, images)
     _, base = split_collections(variables, self.config.train.trainable)
-    self.base_digest = digest.combined(base['params'])
+    held = {n: x for n, x in base.items() if n == batch_norm.COLLECTION}
+    if self.model.changing:
+      held = {}
+    self.base_digest = digest.combined(base['params'] | held)
     fit = jax.jit(self._fit, out_shardings=shardings)
     return fit(frozen.settle(variables), images)
 
@@ -286,9 +334,14 @@ class Experiment:
     )
 
   def missing_parameters(self, imported: dict[str, Any]) -> set[str]:
-    """Returns the paths of parameters that `imported` does not hold."""
-    params = {'params': self.model.float_shapes['params']}
-    return set(tree.flatten(params)) - set(imported)
+    """Returns the paths of parameters that `imported` does not hold.
+
+    And of statistics of norms, without which nothing can be evaluated.
+    """
+    names = ('params', batch_norm.COLLECTION)
+    shapes = self.model.float_shapes
+    wanted = {name: shapes[name] for name in names if name in shapes}
+    return set(tree.flatten(wanted)) - set(imported)
 
   def metadata(self) -> dict[str, Any]:
     """Returns what every checkpoint of this experiment says of itself."""
@@ -306,14 +359,15 @@ class Experiment:
   def train_step_function(self, stage: str = 'all') -> Callable:
     """Returns step(state, source, batch, given) of a stage, not yet jitted."""
     data, model, teacher = self.config.data, self.config.model, self.teacher
-    module = self.model.rounding(stages_lib.KINDS[stage].operand)
+    kind, changing = stages_lib.KINDS[stage], self.model.changing
+    module = self.model.rounding(kind.operand, holds=kind.holds)
     apply = module.apply
     if teacher:
       apply = teacher.tapped(self.config, module.ops)
     frozen = stages_lib.frozen(stage, self._trained)
     apply = stages_lib.stop_gradients(apply, frozen)
     tx, penalty = stages_lib.hold(self.tx, frozen), None
-    if stages_lib.KINDS[stage].freezes:
+    if kind.freezes:
       movable = functools.partial(
         oscillation.movable_weights, module.ops.core.plan,
         reach=self.config.quant.freeze,
@@ -341,6 +395,7 @@ class Experiment:
       seed=self.config.seed,
       teacher=teacher,
       penalty=penalty,
+      changing=() if kind.holds else changing,
     )
 
   @property

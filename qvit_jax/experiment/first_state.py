@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import CheckpointError, ConfigError
-from qvit_jax.experiment import calibration, checks, sources
+from qvit_jax.experiment import calibration, checks, sources, statistics
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization.methods.packing import unpack
@@ -22,7 +21,8 @@ from qvit_jax.training.state import TrainState, join_collections
 # A resumed run must not change these; other fields may, and are printed.
 _FIXED = (
   'seed', 'optim.name', 'data.source', 'data.name', 'train.trainable',
-  'quant.recipe', 'quant.zero_point', 'quant.irm', 'quant.hadamard',
+  'model.batch_norm', 'quant.recipe', 'quant.zero_point', 'quant.irm',
+  'quant.hadamard',
 )  # fmt: skip
 # Where one of them changed, other images may be evaluated.
 _EVALUATED = {
@@ -79,8 +79,8 @@ def _fresh_state(
     return experiment.fresh_state(key, imported), []
   variables = experiment.fresh_variables(key, imported)
   whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
-  params = tree.flatten(whole(variables['params']))
-  params = {name: np.asarray(x) for name, x in params.items()}
+  # A table of PTQ saw the model without norms.
+  params = statistics.folded_params(config, whole(variables))
   steps, line = calibration.learned_start(experiment, params)
   flat = tree.flatten(variables) | steps
   return experiment.state_of(tree.unflatten(flat, variables)), [line]
@@ -99,7 +99,7 @@ def _start_from(
   }
   if run.learned == learned and _is_same_recipe(experiment.model, run):
     given = experiment.config.quant.calibration_path
-    if given and experiment.model.shapes.keys() != {'params'}:
+    if given and experiment.model.fitted:
       raise ConfigError(
         f'quant.calibration_path={given!r} would have no effect: '
         f'checkpoint.path={path!r} brings learned steps; leave it out, or '
@@ -142,7 +142,7 @@ def _start_from_packed(
 
 
 def _is_same_recipe(model: Model, run: runs.Run) -> bool:
-  if model.shapes.keys() == {'params'}:
+  if not model.fitted:
     return True  # nothing depends on bits
   there = run.config['quant']
   return run.plan == model.plan.digest_lines() and all(

@@ -10,11 +10,18 @@ from qvit_jax import models, tree
 from qvit_jax.config.resolve import with_fields
 from qvit_jax.errors import ConfigError
 from qvit_jax.lora import frozen as frozen_lib
+from qvit_jax.models import batch_norm
 from qvit_jax.ops import FloatCore, Ops
 from qvit_jax.quantization import METHODS, QuantPlan, build_ops, build_plan
 from qvit_jax.quantization.methods import Method
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.training.state import split_collections
+
+
+def folded(config: Any) -> Any:
+  """Returns the config of the same model without norms that can be folded."""
+  statistics = models.statistics(config)
+  return with_fields(config, statistics.folded) if statistics else config
 
 
 class Model:
@@ -32,7 +39,7 @@ class Model:
       QvitError: The config describes no possible model.
     """
     if packed:  # it computes in the dtype that it was packed with
-      config = with_fields(config, {'model.dtype': packed.dtype})
+      config = with_fields(folded(config), {'model.dtype': packed.dtype})
     self.config, self.packed = config, packed
     sites = models.list_sites(config)
     self.frozen = None if packed else frozen_lib.build(config, sites)
@@ -40,11 +47,7 @@ class Model:
     if self.frozen:
       self.plan = self.frozen.plan(self.plan)
     self.ops: Ops = packed.ops if packed else self._make_ops(self.plan)
-    self.module = models.build_model(config, self.ops)
-    self._trained = self.module
-    if self.ops.core.is_packed:  # kernels are made in float
-      ops = Ops() if packed else dataclasses.replace(self.ops, core=FloatCore())
-      self._trained = models.build_model(config, ops)
+    self._build()
     size = config.model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     # As initialised; `shapes` are those after kernels were packed.
@@ -53,9 +56,21 @@ class Model:
       self.config = with_fields(
         config, {'train.trainable': self._trainable()}
       )
+    # Why statistics stay as they are, for a person.
+    self.held = self._hold_statistics()
     self.shapes = self.float_shapes
     if self.frozen:
       self.shapes = jax.eval_shape(self.frozen.settle, self.shapes)
+
+  def _build(self) -> None:
+    """Builds the modules of the config."""
+    self.module = models.build_model(self.config, self.ops)
+    self._trained = self.module
+    if self.ops.core.is_packed:  # kernels are made in float
+      ops = Ops()
+      if not self.packed:
+        ops = dataclasses.replace(self.ops, core=FloatCore())
+      self._trained = models.build_model(self.config, ops)
 
   def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Returns fresh variables, by collection."""
@@ -81,6 +96,57 @@ class Model:
     more = tuple(name for name in collections if name != 'params')
     return self.frozen.collections + more
 
+  def _hold_statistics(self) -> str:
+    """Holds statistics of norms that training leaves as they are.
+
+    Returns:
+      Why they are held; '' where they change, or where there are none.
+
+    Raises:
+      ConfigError: They are to be trained by gradients.
+    """
+    names = batch_norm.norms(tree.flatten(self.float_shapes))
+    if not names:
+      return ''
+    statistics, model = models.statistics(self.config), self.config.model
+    trainable = self.config.train.trainable
+    if any(n.partition('/')[0] == batch_norm.COLLECTION for n in trainable):
+      raise ConfigError(
+        f'train.trainable={tuple(trainable)} names {batch_norm.COLLECTION}, '
+        'statistics that follow the images and get no gradient; leave them out'
+      )
+    (field, value), = statistics.held.items()
+    if not statistics.changes(model):
+      return f'{field}={value!r}'
+    starts = tuple(f'{name}/' for name in trainable)
+    still = [n for n in names if not f'params/{n}/'.startswith(starts)]
+    if not still:
+      return ''
+    self.config = with_fields(self.config, statistics.held)
+    self._build()
+    return (
+      f'train.trainable leaves {len(still)} of {len(names)} norms as they are, '
+      f'such as {still[0]}'
+    )
+
+  @property
+  def changing(self) -> tuple[str, ...]:
+    """Collections that training changes without gradients."""
+    has_any = batch_norm.COLLECTION in self.float_shapes
+    return (batch_norm.COLLECTION,) if has_any and not self.held else ()
+
+  def statistics_lines(self) -> list[str]:
+    """One line: what becomes of statistics of norms, where there are any."""
+    count = len(batch_norm.norms(tree.flatten(self.float_shapes)))
+    if not count:
+      return []
+    if self.held:
+      return [f'statistics of {count} norms are held: {self.held}']
+    return [
+      f'statistics of {count} norms follow the batches, momentum '
+      f'{batch_norm.MOMENTUM:g}'
+    ]
+
   @property
   def fitted(self) -> tuple[str, ...]:
     """Collections that follow from what the layers see."""
@@ -93,7 +159,9 @@ class Model:
     """
     if not self.frozen:
       return variables
-    names = dict.fromkeys((*self.config.train.trainable, *self.fitted))
+    names = dict.fromkeys(
+      (*self.config.train.trainable, *self.fitted, *self.changing)
+    )
     return split_collections(variables, tuple(names))[0]
 
   def adapter_lines(self) -> list[str]:
@@ -102,12 +170,20 @@ class Model:
       return []
     return self.frozen.lines(self.shapes, self.kept(self.shapes))
 
-  def rounding(self, operand: str) -> Any:
-    """Returns the module that quantizes 'weights' or 'acts' alone."""
-    if not operand:
+  def rounding(self, operand: str, *, holds: bool = False) -> Any:
+    """Returns the module of a stage.
+
+    Args:
+      operand: 'weights' or 'acts': it quantizes these alone; '': as planned.
+      holds: Whether its statistics stay as they are in training.
+    """
+    if not (operand or holds):
       return self.module
-    ops = self._make_ops(self.plan.only(operand))
-    return models.build_model(self.config, ops)
+    ops = self._make_ops(self.plan.only(operand)) if operand else self.ops
+    config = self.config
+    if holds:
+      config = with_fields(config, models.statistics(config).held)
+    return models.build_model(config, ops)
 
   @property
   def title(self) -> str:

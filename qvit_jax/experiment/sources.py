@@ -25,6 +25,7 @@ from qvit_jax import models, tree, weights
 from qvit_jax.errors import ConfigError, WeightsError
 from qvit_jax.experiment import checks, foreign
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import folded
 from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import adapters, files, runs
@@ -109,6 +110,7 @@ def open_packed(config: Any) -> Packed | None:
       f"quant.recipe='ptq', but checkpoint.path={path!r} {kind}; {make}, or "
       'evaluate a checkpoint with the quant.recipe of its training'
     )
+  config = folded(config)  # as they were packed
   sites, facts = models.list_sites(config), models.architecture(config)
   return runs.open_run(path).read_packed(sites, facts)
 
@@ -219,7 +221,9 @@ def trained(
 def parameters(
   experiment: Experiment, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], list[str]]:
-  """Returns {path: parameter} that a training starts from, and lines.
+  """Returns {path: array} that a training starts from, and lines.
+
+  Parameters, and statistics of norms where there are any.
 
   Raises:
     CheckpointError, WeightsError: They are damaged or of another model.
@@ -243,7 +247,7 @@ def parameters(
 def parameters_of(
   experiment: Experiment, path: str
 ) -> tuple[dict[str, Any], list[str]]:
-  """Returns {path: parameter} that a run of ours evaluates, and its origin."""
+  """Returns the same of what a run of ours evaluates, and its origin."""
   run = runs.open_run(path)
   if run.kind != 'run':
     raise ConfigError(

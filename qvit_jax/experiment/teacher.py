@@ -1,7 +1,6 @@
 """The model that a student learns from: loaded, placed, asked."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -157,7 +156,11 @@ class Teacher:
         keep(module, 'rhs', rhs)
 
     module = models.build_model(config, dataclasses.replace(ops, tap=tap))
-    return functools.partial(module.apply, mutable=[_SEEN])
+
+    def apply(*args, mutable=(), **kwargs):
+      return module.apply(*args, mutable=[*mutable, _SEEN], **kwargs)
+
+    return apply
 
   def _check(self, student: Experiment, own: Experiment) -> None:
     """Raises ConfigError where a loss compares what cannot be compared."""

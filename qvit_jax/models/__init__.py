@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import mobilenet, vgg, vit
+from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.models.family import Family
 from qvit_jax.ops import Ops, Site, Stream
 
 __all__ = [
-    'FAMILIES', 'Family', 'architecture', 'build_model', 'family', 'list_sites',
-    'stream', 'tensor_rules',
+    'FAMILIES', 'Family', 'Statistics', 'architecture', 'build_model', 'family',
+    'list_sites', 'statistics', 'stream', 'tensor_rules',
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -64,6 +65,11 @@ def stream(config) -> Stream | None:
   """Returns who writes to and reads from the residual stream; None: no one."""
   make = family(config).stream
   return make(config.model) if make else None
+
+
+def statistics(config) -> Statistics | None:
+  """Returns how the model's norms keep statistics; None: they keep none."""
+  return family(config).statistics
 
 
 def list_sites(config) -> list[Site]:

@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 COLLECTION = 'batch_stats'
+# What norms see, batch by batch, where a caller makes it mutable.
+SEEN = 'norm_inputs'
 MOMENTUM = 0.9  # share of the former statistics that an update keeps
 EPSILON = 1e-5
 
@@ -50,16 +52,25 @@ class BatchNorm(nn.Module):
     )
     x = x.astype(jnp.float32)
     mean, var = (one.value for one in kept)
+    is_new = self.is_initializing()
+    if self.is_mutable_collection(SEEN) and not is_new:
+      for name, value in zip(('mean', 'var'), _moments(x), strict=True):
+        self.put_variable(SEEN, name, value)
     if train and self.changes:
-      axes = tuple(range(x.ndim - 1))
-      mean = x.mean(axes)
-      var = jnp.square(x - mean).mean(axes)
-      if not self.is_initializing():
-        for one, seen in zip(kept, (mean, var), strict=True):
+      mean, var = _moments(x)
+      for one, seen in zip(kept, (mean, var), strict=True):
+        if not is_new:
           seen = jax.lax.stop_gradient(seen)
           one.value = MOMENTUM * one.value + (1 - MOMENTUM) * seen
     gain, shift = affine(scale, bias, mean, var)
     return (x * gain + shift).astype(self.dtype)
+
+
+def _moments(x: Float[Array, '*s c']) -> tuple[Array, Array]:
+  """Returns mean and biased variance of each channel."""
+  axes = tuple(range(x.ndim - 1))
+  mean = x.mean(axes)
+  return mean, jnp.square(x - mean).mean(axes)
 
 
 def affine(scale: Any, bias: Any, mean: Any, var: Any) -> tuple[Any, Any]:
@@ -100,6 +111,42 @@ def norms(flat: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def without_norms(
+  statistics: Statistics, variables: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[Array, Array]]]:
+  """Returns variables without norms, and what these do to layers' outputs.
+
+  Args:
+    statistics: Of the family.
+    variables: {'params/...' or 'batch_stats/...': array}; others stay.
+
+  Returns:
+    The others, and {layer path: (gain, shift)}: the norm behind the layer gives
+    output * gain + shift, with the very numbers of evaluation.
+  """
+  names = norms(variables)
+  parts = {
+    norm: [variables[path] for path in _paths_of(norm)] for norm in names
+  }
+  found = jax.jit(lambda parts: {n: affine(*x) for n, x in parts.items()})(
+    parts
+  )
+  gone = {path for norm in names for path in _paths_of(norm)}
+  rest = {path: x for path, x in variables.items() if path not in gone}
+  return rest, {statistics.layer(norm): found[norm] for norm in names}
+
+
+def _paths_of(norm: str) -> list[str]:
+  """Returns the paths of what `affine` takes."""
+  return [
+    f'{collection}/{norm}/{name}'
+    for collection, name in (
+      ('params', 'scale'), ('params', 'bias'), (COLLECTION, 'mean'),
+      (COLLECTION, 'var'),
+    )
+  ]  # fmt: skip
+
+
 def fold(
   statistics: Statistics, variables: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -113,16 +160,12 @@ def fold(
     The same without norms: kernels times the gain of each output channel, in
     float64 and then rounded to float32, and biases.
   """
-  flat = {
-    path: x
-    for path, x in variables.items()
-    if not path.startswith(f'{COLLECTION}/')
-  }
+  flat = dict(variables)
   for norm in norms(variables):
     gain, shift = _affine_of(variables, norm)
     layer = f'params/{statistics.layer(norm)}'
-    for name in ('scale', 'bias'):
-      del flat[f'params/{norm}/{name}']
+    for path in _paths_of(norm):
+      del flat[path]
     kernel = np.asarray(flat[f'{layer}/kernel'], np.float64) * gain
     flat[f'{layer}/kernel'] = kernel.astype(np.float32)
     if f'{layer}/bias' in flat:
@@ -132,15 +175,7 @@ def fold(
 
 
 def _affine_of(flat: Mapping[str, Any], norm: str) -> tuple[Any, Any]:
-  return affine(
-    *(
-      np.asarray(flat[f'{start}/{norm}/{name}'], np.float64)
-      for start, name in (
-        ('params', 'scale'), ('params', 'bias'),
-        (COLLECTION, 'mean'), (COLLECTION, 'var'),
-      )
-    )
-  )  # fmt: skip
+  return affine(*(np.asarray(flat[p], np.float64) for p in _paths_of(norm)))
 
 
 def with_statistics(

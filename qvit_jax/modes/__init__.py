@@ -129,7 +129,7 @@ _TABLE = (
     'benchmark:benchmark',
     ignores=('weights', 'checkpoint', 'log', 'export', 'ptq',
              'quant.calibration_path', 'quant.freeze', 'train.stages',
-             'train.patience', *_PREDICT),
+             'train.patience', 'train.reestimate_batches', *_PREDICT),
     trains=True,
   ),
   Mode(

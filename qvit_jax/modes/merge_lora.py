@@ -12,18 +12,21 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import calibration, sources
+from qvit_jax.experiment import calibration, sources, statistics
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import folded
 from qvit_jax.lora import adapter as lora
+from qvit_jax.models import batch_norm
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
 from qvit_jax.quantization.finite import at_site, check_finite
 from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.methods.packing import put_outputs
 from qvit_jax.quantization.packed import assemble
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq.rows import Row
 from qvit_jax.store import artifacts, files
-from qvit_jax.store.checkpoint import Checkpoints
+from qvit_jax.store.checkpoint import FLOATS, Checkpoints
 from qvit_jax.training.loop import Progress
 
 _IMAGES = 32  # random ones, on which logits are compared
@@ -128,14 +131,16 @@ def _float_run(experiment: Experiment, variables, params):
 def _packed(experiment: Experiment, variables, params, target, say):
   """Returns the same of kernels that are rounded again, from their file."""
   config, frozen = _whole(experiment.config), experiment.model.frozen
-  flat, sites = tree.flatten(params), experiment.model.plan.sites
+  sites, floats = experiment.model.plan.sites, {**variables, 'params': params}
+  flat, outputs = _without_norms(config, floats)
   gptq = config.lora.requantize == 'gptq'
   row = Row('merged', group=frozen.group, solvers=('gptq',) if gptq else ())
   stats = None
   if gptq:
+    plain = Experiment(folded(config), training=False, data=experiment.data)
     stats = calibration.Calibration(
-      experiment, target, say, hessians=True
-    ).observe((), {name: np.asarray(x) for name, x in flat.items()})
+      plain, target, say, hessians=True
+    ).observe((), statistics.folded_params(config, floats))
   plans, quant = {}, {}
   for site in sites:
     packs = site.is_layer and site.path != frozen.head
@@ -152,12 +157,13 @@ def _packed(experiment: Experiment, variables, params, target, say):
       hessian = jnp.asarray(stats[site.path].hessian) if gptq else None
       with at_site(site.path):
         quant[name] = ptq.round_kernel(row, w, hessian, frozen.bits)
+  put_outputs(flat, quant, outputs)
   packed = assemble(
     flat, quant, plans, sites, config.model.dtype, 'per_token'
   )
   path, facts = (
     target.with_name(f'{target.name}.safetensors'),
-    (models.architecture(config)),
+    models.architecture(folded(config)),
   )
   names = experiment.data.class_names  # those of the adapters
   artifacts.save(
@@ -173,20 +179,31 @@ def _packed(experiment: Experiment, variables, params, target, say):
   return whole, whole.replicate(packed.variables)
 
 
+def _without_norms(config: Any, floats: dict[str, Any]):
+  """Returns (parameters by path, what norms do to layers' outputs)."""
+  flat, outputs = {}, {}
+  for name, x in tree.flatten(floats).items():
+    if name.startswith(FLOATS):
+      flat[name] = x
+  if batch_norm.norms(flat):
+    flat, outputs = batch_norm.without_norms(models.statistics(config), flat)
+  return {n.removeprefix('params/'): x for n, x in flat.items()}, outputs
+
+
 def _compare(experiment: Experiment, variables, whole: Experiment, merged):
   """Returns how far the logits of both models are apart.
 
   Where nothing is rounded, in float32: how far kernels are apart, not how
   bfloat16 rounds.
   """
-  config = experiment.config
-  if not experiment.model.method.quantizes:
-    config = config_lib.with_fields(config, {'model.dtype': 'float32'})
-  size = config.model.image_size
+  size = experiment.config.model.image_size
   images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
   images = experiment.replicate(images)
   logits = []
   for one, values in ((experiment, variables), (whole, merged)):
+    config = one.config  # norms of one may be folded in the other
+    if not experiment.model.method.quantizes:
+      config = config_lib.with_fields(config, {'model.dtype': 'float32'})
     module = models.build_model(config, one.model.ops)
     with jax.default_matmul_precision('highest'):
       logits.append(np.asarray(jax.jit(module.apply)(values, images)))

@@ -10,7 +10,7 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.errors import ExportError
 from qvit_jax.experiment import checks
-from qvit_jax.experiment.model import Model
+from qvit_jax.experiment.model import Model, folded
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import artifacts, files, runs
@@ -41,9 +41,11 @@ def write_packed(
   variables = run.read_evaluated(runs.own_device())
   say(f'start     {run.place}')
   packed = pack(
-    model.method, variables, model.plan, model.ops, config.model.dtype
-  )
-  target, facts = place / 'export' / NAME, models.architecture(config)
+    model.method, variables, model.plan, model.ops, config.model.dtype,
+    statistics=models.statistics(config),
+  )  # fmt: skip
+  target = place / 'export' / NAME
+  facts = models.architecture(folded(config))
   size = artifacts.save(
     packed, target, facts, class_names=run.class_names, config=run.config
   )
@@ -73,7 +75,7 @@ def _compare(
   images = jax.random.normal(jax.random.key(0), (_IMAGES, size, size, 3))
   nested = tree.nest(variables)
   there = np.asarray(jax.jit(model.module.apply)(nested, images))
-  module = models.build_model(model.config, packed.ops)
+  module = models.build_model(folded(model.config), packed.ops)
   here = np.asarray(jax.jit(module.apply)(packed.variables, images))
   return {
     'images': _IMAGES,

@@ -34,7 +34,7 @@ def ptq(config: Any, workdir: str) -> None:
         f'{config.ptq.qat_seeds} seed(s) each, recipe {first.quant.recipe}, '
         f'{schedule_line(first, experiment.data.train.size)}'
       )
-    params = session.float_params(experiment, place)
+    experiment, params = session.float_model(experiment, place)
     table = ptq_table.Table(experiment, params, place, say)
     table.curve = qat_runs.measure(
         runs, experiment.config, params=params, place=place, say=say,

@@ -14,7 +14,7 @@ def sensitivity(config: Any, workdir: str) -> None:
   with session.opened(workdir) as place:
     experiment = Experiment(config, training=False, calibrating=True)
     session.header('sensitivity', experiment, place)
-    params = session.float_params(experiment, place)
+    experiment, params = session.float_model(experiment, place)
     table = sensitivity_lib.measure(experiment, params, place, say)
     sites = experiment.model.plan.sites
     for line in sensitivity_lib.describe(config, sites, table):

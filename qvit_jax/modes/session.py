@@ -11,9 +11,11 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import checks, sources
+from qvit_jax.experiment import checks, sources, statistics
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.experiment.model import folded
+from qvit_jax.models import batch_norm
 from qvit_jax.quantization import METHODS
 from qvit_jax.report import rows as report
 from qvit_jax.store import files, runs
@@ -109,12 +111,21 @@ def check_float(mode: str, config: Any) -> None:
     checks.check_float_run(f'{field}.path', config[field].path)
 
 
-def float_params(
+def float_model(
   experiment: Experiment, place: pathlib.Path
-) -> dict[str, np.ndarray]:
-  """Returns the trained parameters by path and says whence they are."""
+) -> tuple[Experiment, dict[str, np.ndarray]]:
+  """Returns what is quantized after training, and its parameters by path.
+
+  Says whence they are. Norms that can be are folded into kernels and biases:
+  the experiment is then one of a model without them, on the same data.
+  """
   variables, origin = sources.evaluated(experiment, place)
   for line in origin:
     say(f'start     {line}')
-  params = tree.flatten(variables['params'])
-  return {name: np.asarray(x) for name, x in params.items()}
+  params = statistics.folded_params(experiment.config, variables)
+  if names := batch_norm.norms(tree.flatten(variables)):
+    say(f'fold      {len(names)} norms into kernels and biases')
+    experiment = Experiment(
+      folded(experiment.config), training=False, data=experiment.data
+    )
+  return experiment, params

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data
-from qvit_jax.experiment import first_state, sources
+from qvit_jax.experiment import first_state, sources, statistics
 from qvit_jax.experiment.experiment import Experiment, schedule_line
 from qvit_jax.modes import MODES, session
 from qvit_jax.modes.session import say
@@ -37,6 +37,8 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
       say(f'stages    {", ".join(map(str, experiment.stages))}')
     for line in experiment.precision_lines():
       say(f'precision {line}')
+    for line in experiment.model.statistics_lines():
+      say(f'norms     {line}')
     for line in experiment.whole:
       say(f'sharding  {line}')
     checkpoints = Checkpoints(place / 'checkpoints', writer=True)
@@ -112,6 +114,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     tick=experiment.tick,
     kept=experiment.model.kept,
     learned=experiment.learned,
+    finish=statistics.make_finish(experiment),
   )
   trainer = loop.Trainer(
       parts, state, progress, checkpoints=checkpoints, writers=writers,

@@ -153,6 +153,26 @@ def _half_float(x, scale, kernel, dims):
   return y
 
 
+def _with_norm(module, y, dtype):
+  """Returns a layer's product times the gain of a norm that was behind it.
+
+  Its shift is the layer's bias by now. As in training: the layer's output had
+  the compute dtype there before the norm took it in float32.
+
+  Args:
+    module: The layer.
+    y: Its product.
+    dtype: Compute dtype.
+  """
+  if not module.has_variable('quant', 'gain'):
+    return y
+  if module.has_variable('quant', 'offset'):
+    y = y + module.get_variable('quant', 'offset')
+  return y.astype(dtype).astype(jnp.float32) * module.get_variable(
+    'quant', 'gain'
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class IntegerCore:
   """Reads packed kernels from the collection `quant`. See `ops.Core`.
@@ -170,13 +190,16 @@ class IntegerCore:
   def __call__(self, module, site: Site, lhs, rhs, dims):
     """See `ops.Core`; `rhs` is None for a layer."""
     plan = dict(self.sites)[site.path]
+    if not site.is_layer:
+      if plan.aqt:
+        return aqt_product(plan, site, lhs, rhs, dims, self._dot)
+      return self._product(module, plan, lhs, rhs, dims)
     if plan.aqt:
-      if site.is_layer:
-        rhs = module.get_variable('quant', 'kernel')
-      return aqt_product(plan, site, lhs, rhs, dims, self._dot)
-    if site.is_layer:
-      return self._layer(module, plan, lhs)
-    return self._product(module, plan, lhs, rhs, dims)
+      kernel = module.get_variable('quant', 'kernel')
+      y = aqt_product(plan, site, lhs, kernel, dims, self._dot)
+    else:
+      y = self._layer(module, plan, lhs)
+    return _with_norm(module, y, lhs.dtype)
 
   def _stored(self, module, plan: SitePlan, side: str):
     if not plan.is_static:

@@ -23,11 +23,14 @@ import orbax.checkpoint as ocp
 
 from qvit_jax import tree
 from qvit_jax.errors import CheckpointError
+from qvit_jax.models.batch_norm import COLLECTION
 from qvit_jax.store import files, manifest
 from qvit_jax.store.digest import digests
 from qvit_jax.store.entries import printable
 
 FORMAT = 1
+# Paths of what a float model is made of: parameters, statistics of norms.
+FLOATS = ('params/', f'{COLLECTION}/')
 # What a step takes beside its arrays: metadata, indices, empty space.
 _OVERHEAD_BYTES = 2**19
 _ASIDE = '.replaced'
@@ -58,13 +61,13 @@ def find_step(
 
 
 def params_items(metadata: dict[str, Any]) -> tuple[str, ...]:
-  """Returns the items with the parameters that are evaluated.
+  """Returns the items with `FLOATS` that are evaluated.
 
   Averages hold what was trained, which may be none or some of the parameters;
   they come last and count.
   """
   all_, averaged = (
-    {p for p in metadata['arrays'].get(item, {}) if p.startswith('params/')}
+    {p for p in metadata['arrays'].get(item, {}) if p.startswith(FLOATS)}
     for item in ('variables', 'ema')
   )
   if not averaged:

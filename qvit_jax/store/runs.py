@@ -134,13 +134,13 @@ class Run:
     return self._read(items, sharding)
 
   def read_parameters(self, sharding: Any) -> dict[str, Any]:
-    """Returns the same of the parameters alone, by 'params/...'.
+    """Returns the same of a float model: parameters, statistics of norms.
 
     Raises:
       CheckpointError: It is damaged.
     """
     found = self._read(checkpoint.params_items(self.facts), sharding)
-    return {n: x for n, x in found.items() if n.startswith('params/')}
+    return {n: x for n, x in found.items() if n.startswith(checkpoint.FLOATS)}
 
   def _read(self, items: Sequence[str], sharding: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}

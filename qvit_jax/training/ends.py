@@ -2,6 +2,11 @@
 
 from typing import Any
 
+UNFINISHED = (
+  'statistics of norms were not estimated anew (train.reestimate_batches): '
+  'that comes after the last step alone'
+)
+
 
 def is_stale(train: Any, stale: int) -> bool:
   """Returns whether `stale` evaluations without a new best end a run.

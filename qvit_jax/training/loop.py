@@ -75,6 +75,9 @@ class Parts:
     tick: Names of the numbers that a step reports.
     kept: variables -> what of them a checkpoint holds.
     learned: Paths of what is trained beside parameters.
+    finish: What becomes of the state after the last update, before it is
+      evaluated: (state) -> (state, a line about it). It has to give the same
+      where it is done again, as after a signal. None: nothing.
   """
 
   config: Any
@@ -88,6 +91,7 @@ class Parts:
   tick: tuple[str, ...] = TICK
   kept: Callable[[Any], Any] = lambda variables: variables
   learned: tuple[str, ...] = ()
+  finish: Callable[[TrainState], tuple[TrainState, str]] | None = None
 
 
 class _Interrupted(Exception):  # noqa: N818 - control flow, never leaves here
@@ -180,6 +184,8 @@ class Trainer:
           if self._saved != self._done:
             self._save()
           self._console.line(ends.early_stop(self._done, stale))
+          if self.parts.finish:
+            self._console.line(ends.UNFINISHED)
           return
 
   def _maintain(self) -> None:
@@ -188,6 +194,10 @@ class Trainer:
     last = self._done >= self.parts.total_steps
     evaluate = self._done and (last or self._done % self._eval_every == 0)
     evaluate = evaluate and self.progress.evaluated_step != self._done
+    if evaluate and last and self.parts.finish:
+      self._drain()
+      self.state, line = self.parts.finish(self.state)
+      self._console.line(line)
     is_new_best = evaluate and self._evaluate()
     save = bool(every) and self._done % every == 0 and self._saved != self._done
     if save or is_new_best or (evaluate and (last or not every)):

@@ -28,12 +28,14 @@ class Kind:
       says.
     trains: Regex of the paths that are updated.
     freezes: Whether weights far from a rounding boundary are held.
+    holds: Whether collections that change without gradients are held.
   """
 
   text: str
   operand: str = ''
   trains: str = ''
   freezes: bool = False
+  holds: bool = False
 
 
 KINDS = {
@@ -53,6 +55,9 @@ KINDS = {
     'weights farther than quant.freeze from a rounding boundary are held',
     freezes=True,
   ),
+  # For the last part, where the noise of batches is in the way of codes that
+  # have to settle: Krishnamoorthi 2018, arXiv:1806.08342 ("freezing").
+  'held': Kind('statistics of norms stay as they are', holds=True),
 }
 
 
@@ -138,7 +143,10 @@ def _parse(stage: Any, i: int) -> tuple[str, float]:
 
 
 def check(
-  stages: Iterable[Stage], trainable: Any, specs: Sequence[Any]
+  stages: Iterable[Stage],
+  trainable: Any,
+  specs: Sequence[Any],
+  changing: Sequence[str] = (),
 ) -> None:
   """Checks that each stage has something to do.
 
@@ -146,9 +154,10 @@ def check(
     stages: All of a run.
     trainable: Shapes of the collections that get gradients.
     specs: Bits of every product, as attributes `weights` and `acts`.
+    changing: Collections that the model changes in training.
 
   Raises:
-    ConfigError: A stage would train nothing, or quantize nothing.
+    ConfigError: A stage would train nothing, quantize nothing or hold nothing.
   """
   for stage in stages:
     field = f'train.stages[{stage.place[0] - 1}]={stage.name!r}'
@@ -159,6 +168,11 @@ def check(
         f'{field} quantizes {kind} alone, but no product has bits for them; '
         "set --config.quant.recipe=aqt and a spec such as 'w4a4', or leave the "
         'stage out'
+      )
+    if KINDS[stage.name].holds and not changing:
+      raise ConfigError(
+        f'{field} would have no effect: no norm of this training has '
+        'statistics that change; leave the stage out'
       )
     if len(frozen(stage.name, trainable)) == len(tree.flatten(trainable)):
       raise ConfigError(

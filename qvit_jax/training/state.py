@@ -20,7 +20,9 @@ class TrainState:
     step: int32, updates done.
     variables: Collections of the model: 'params' and whatever a recipe adds.
     opt_state: Optax state of the trainable collections.
-    ema: Moving average of the trainable collections; {} when off.
+    ema: Moving average of the trainable collections, and of those that change
+      without gradients: statistics that go with averaged weights are those of
+      the same updates, in the same shares; {} when off.
   """
 
   step: Any
@@ -80,13 +82,23 @@ def make_state(
   tx: optax.GradientTransformation,
   trainable: tuple[str, ...],
   ema: bool,
+  changing: tuple[str, ...] = (),
 ) -> TrainState:
-  """Returns the state before the first update."""
-  train, _ = split_collections(variables, trainable)
+  """Returns the state before the first update.
+
+  Args:
+    variables: Collections of the model.
+    tx: The optimizer.
+    trainable: Collections, or parts of them, that get gradients.
+    ema: Whether averages are kept.
+    changing: Collections that the model changes in training.
+  """
+  train, rest = split_collections(variables, trainable)
+  averaged = train | {name: rest[name] for name in changing}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     variables=variables,
     opt_state=tx.init(train),
     # A copy, because the step donates both to the next state.
-    ema=jax.tree.map(jnp.copy, train) if ema else {},
+    ema=jax.tree.map(jnp.copy, averaged) if ema else {},
   )

@@ -33,15 +33,28 @@ def _accumulated(gradient: Callable, parts: int) -> Callable:
     # devices.
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-  def accumulated(trained, frozen, images, labels, key):
-    def body(total, part):
-      one = gradient(trained, frozen, *part)
-      return jax.tree.map(lambda a, b: a + b / parts, total, one), None
+  def accumulated(trained, fixed, images, labels, key):
+    frozen, given, moving = fixed
+
+    def one(moving, *part):
+      (loss, (numbers, moving)), grads = gradient(
+        trained, (frozen, given, moving), *part
+      )
+      return (loss, numbers, grads), moving
+
+    def body(carry, part):
+      total, moving = carry
+      found, moving = one(moving, *part)
+      total = jax.tree.map(lambda a, b: a + b / parts, total, found)
+      return (total, moving), None
 
     inputs = (slices(images), slices(labels), jax.random.split(key, parts))
-    shapes = jax.eval_shape(gradient, trained, frozen, *(x[0] for x in inputs))
+    shapes, _ = jax.eval_shape(one, moving, *(x[0] for x in inputs))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zero, inputs)[0]
+    # What the model changes goes from slice to slice, as from step to step.
+    carry, _ = jax.lax.scan(body, (zero, moving), inputs)
+    (loss, numbers, grads), moving = carry
+    return (loss, (numbers, moving)), grads
 
   return accumulated
 
@@ -66,12 +79,13 @@ def make_train_step(
   seed: int,
   teacher: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]] | None = None,
   penalty: tuple[float, Callable[[Any], jax.Array]] | None = None,
+  changing: tuple[str, ...] = (),
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
   """Returns step(state, source, batch, given) -> (next state, tick).
 
   Args:
-    apply: `model.apply`; with a teacher it returns (logits, what the teacher
-      wants to see of the model).
+    apply: `model.apply`; what it returns beside logits has what the teacher
+      wants to see of the model, where there is one.
     tx: The optimizer of the trainable collections.
     gather: Makes uint8 images and labels of (source, batch).
     prepare: Makes augmented images and targets of (key, images, labels).
@@ -82,6 +96,8 @@ def make_train_step(
       loss of the labels). `given` are the teacher's own arrays, an argument of
       the step, so that they are not compiled into it.
     penalty: (weight, function of the variables) of a term of the loss.
+    changing: Collections that the model changes as it sees a batch; they get
+      no gradient.
 
   Returns:
     The function; its tick is float32: the mean loss and top-1 of the batch, the
@@ -90,7 +106,7 @@ def make_train_step(
     and, where more than parameters is trained, `tree.first_not_finite` of the
     rest (`learned_paths` names it) after the update.
   """
-  loss_of = _loss_function(apply, prepare, train, teacher, penalty)
+  loss_of = _loss_function(apply, prepare, train, teacher, penalty, changing)
 
   def step(state: TrainState, source: Any, batch: Any, given: Any = None):
     number = state.step + 1
@@ -99,57 +115,68 @@ def make_train_step(
       gather(source, batch), batch_sharding
     )
     trained, frozen = split_collections(state.variables, train.trainable)
+    moving = {name: frozen.pop(name) for name in changing}
     gradient = _accumulated(
       loss_scale.value_and_grad(loss_of, state.opt_state), train.accumulate
     )
-    (loss, (top1, parts)), grads = gradient(
-      trained, (frozen, given), images, labels, key
+    (loss, ((top1, parts), moved)), grads = gradient(
+      trained, (frozen, given, moving), images, labels, key
     )
     updates, opt_state = tx.update(grads, state.opt_state, trained)
-    before, trained = trained, optax.apply_updates(trained, updates)
+    before, trained = (trained, moving), optax.apply_updates(trained, updates)
     ema = state.ema
     if train.ema_decay:
       # Young averages follow faster, or the random init would linger.
       decay = jnp.minimum(train.ema_decay, number / (number + 9))
-      ema = jax.tree.map(lambda a, b: a + (b - a) * (1 - decay), ema, trained)
+      # A stage may hold what others change.
+      beside = {n: (frozen | moved)[n] for n in ema if n not in trained}
+      ema = jax.tree.map(
+        lambda a, b: a + (b - a) * (1 - decay), ema, trained | beside
+      )
     tick = [loss, top1, optax.global_norm(grads), *parts]
     if isinstance(opt_state, loss_scale.ScaledState):
       finite = loss_scale.all_finite(grads)
-      trained, ema = loss_scale.select(
-        finite, (trained, ema), (before, state.ema)
+      (trained, moved), ema = loss_scale.select(
+        finite, ((trained, moved), ema), (before, state.ema)
       )
       tick += [opt_state.scale, 1 - finite]
     if learned := _beside_params(trained):
       tick.append(tree.first_not_finite(learned))
-    variables = join_collections(frozen, trained)
+    variables = join_collections(frozen | moved, trained)
     state = TrainState(number, variables, opt_state, ema)
     return state, jnp.stack(tick).astype(jnp.float32)
 
   return step
 
 
-def _loss_function(apply, prepare, train, teacher, penalty):
-  """Returns loss(trained, (frozen, given), images, labels, key) of a batch."""
+def _loss_function(apply, prepare, train, teacher, penalty, changing):
+  """Returns the loss of a batch, and what the model changed.
+
+  It is (trained, (frozen, given, moving), images, labels, key) -> (loss,
+  ((top1, parts), moved)).
+  """
 
   def loss_of(trained, fixed, images, labels, key):
-    frozen, given = fixed
+    frozen, given, moving = fixed
     augment_key, dropout_key, rounding_key = jax.random.split(key, 3)
     x, targets = prepare(augment_key, images, labels)
-    logits = apply(
-      join_collections(frozen, trained),
+    variables = join_collections(frozen | moving, trained)
+    logits, seen = apply(
+      variables,
       x,
       train=True,
       rngs={'dropout': dropout_key, 'rounding': rounding_key},
+      mutable=[*changing],
     )
-    logits, seen = logits if teacher else (logits, None)
+    moved = {name: seen[name] for name in changing}
     loss = losses.cross_entropy(logits, targets, train.label_smoothing)
     parts: tuple[jax.Array, ...] = ()
     if teacher:
       loss, parts = teacher(given, x, logits, seen, loss)
     if penalty:
       weight, of_variables = penalty
-      parts = (*parts, of_variables(join_collections(frozen, trained)))
+      parts = (*parts, of_variables(variables))
       loss = loss + weight * parts[-1]
-    return loss, (losses.top1(logits, targets), parts)
+    return loss, ((losses.top1(logits, targets), parts), moved)
 
   return loss_of

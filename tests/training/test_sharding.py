@@ -185,3 +185,23 @@ def test_two_processes_train_as_one(tmp_path, call_main):
   np.testing.assert_allclose(
     losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=0, atol=1e-3
   )
+
+
+# As _SCRIPT, of a model with BatchNorm: means are those of the whole batch.
+_NORMED = _SCRIPT.replace(
+  'tests.conftest import make_sharded_config',
+  'tests.small_cnns import make_sharded_config',
+)
+
+
+@pytest.mark.slow
+def test_statistics_of_norms_are_those_of_all_devices(tmp_path):
+  from tests.small_cnns import make_sharded_config
+
+  on_eight(tmp_path, {'vgg': {}}, _NORMED)
+  modes.run('train', make_sharded_config({}), str(tmp_path / 'vgg'))
+  expected = losses(tmp_path / 'vgg')
+  assert len(expected) == 5
+  for mesh in MESHES:
+    found = losses(tmp_path / f'vgg_{mesh}')
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

@@ -57,14 +57,15 @@ class Trainer:
   """make_train_step with all that it needs, for a Linear by default."""
 
   def __init__(
-    self, *, model=None, variables=None, tx=None, data=None, seed=0, **train
-  ):
+    self, *, model=None, variables=None, tx=None, data=None, seed=0,
+    changing=(), **train,
+  ):  # fmt: skip
     config = common.get_config()
     config.data.update(mean=(0.5,) * 3, std=(0.3,) * 3)
     config.data.update(data or {})
     config.train.trainable = ('params',)
     config.train.update(train)
-    self.train = config.train
+    self.train, self.changing = config.train, changing
     self.model = model or Linear()
     self.tx = tx or optax.sgd(0.1)
     self.variables = jax.tree.map(
@@ -78,6 +79,7 @@ class Trainer:
         apply=self.model.apply, tx=self.tx, gather=preprocess.gather,
         prepare=self.prepare, train=config.train, seed=seed,
         batch_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        changing=changing,
       )
     )  # fmt: skip
 
@@ -87,6 +89,7 @@ class Trainer:
       tx=self.tx,
       trainable=self.train.trainable,
       ema=self.train.ema_decay > 0,
+      changing=self.changing,
     )
 
   def run(self, steps=1):

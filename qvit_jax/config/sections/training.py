@@ -142,7 +142,13 @@ FIELDS = (
     "'weights' (activations in float) | 'norms' (only norms, biases, "
     "LayerScale and collections besides params are trained) | 'freeze' "
     '(statsq: weights far from a rounding boundary are held; see '
-    "quant.freeze). () = 'all'.",
+    "quant.freeze) | 'held' (statistics of BatchNorm stay as they are). "
+    "() = 'all'.",
+  ),
+  Field(
+    'train.reestimate_batches', 0, ZERO_UP,
+    'Batches of training images, without augmentation, from which statistics '
+    'of BatchNorm are estimated anew after the last update; 0 = off.',
   ),
   Field(
     'train.teacher', '', ANY,
