@@ -172,7 +172,7 @@ weights
 data
   data.source = 'digits'
     'digits' (ships with scikit-learn) | 'tfds' | 'folder' (of images:
-    DIR/SPLIT/CLASS/FILE, or Tiny-ImageNet as distributed)
+    DIR/SPLIT/CLASS/FILE, or Tiny-ImageNet or Food-101 as distributed)
   data.name = ''
     TFDS name, e.g. 'cifar100'; '' with the other sources.
   data.dir = ''

@@ -170,7 +170,7 @@ def _folder_splits(data) -> tuple[str, str, list[str]]:
 def _open_folder(config, training: bool) -> Data:
   data = config.data
   *splits, notes = _folder_splits(data)
-  folder = folder_source.Folder(data.dir, splits)
+  folder = folder_source.open_folder(data.dir, splits)
   name = os.path.basename(folder.root) or folder.root
   _check_classes(config, data.dir, folder.class_names)
   parts = [folder.list_split(splits[0])] if training else []

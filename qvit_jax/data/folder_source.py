@@ -1,18 +1,16 @@
 """Folders: split/class/file, or Tiny-ImageNet as distributed.
 
-A split may be a share of its folder, in TFDS's syntax: 'train[:80%]'. Such
-shares are stratified and do not depend on `seed`, so that 'train[:80%]',
-'train[80%:90%]' and 'train[90%:]' never share a file, in any run.
+A split may be a share of its folder; see `shares`.
 """
 
 import collections
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
+from qvit_jax.data import food101
 from qvit_jax.data.decode import printable
 from qvit_jax.data.listing import (
   SUFFIXES,
@@ -25,23 +23,16 @@ from qvit_jax.data.listing import (
   lines,
   scan,
   some,
-  stratify,
   walk,
 )
-from qvit_jax.errors import ConfigError, DataError
+from qvit_jax.data.shares import Splits, check_holdout, parse
+from qvit_jax.errors import DataError
 
 HOLDOUT = 0.1  # the default of data.holdout
-_SHARE = re.compile(r'(.+?)\[(?:(\d+\.?\d*)%)?:(?:(\d+\.?\d*)%)?\]')
 
 
-class Folder:
-  """A folder of labelled images.
-
-  Attributes:
-    root: Its path, without links.
-    class_names: In label order.
-    notes: Lines about what listing it left out or made up.
-  """
+class Folder(Splits):
+  """A folder of labelled images, a folder a split."""
 
   def __init__(self, directory: str, splits: Sequence[str]):
     """Finds the classes.
@@ -54,12 +45,10 @@ class Folder:
       DataError: There are no classes, one, or other ones in each split.
       ConfigError: A split is misspelt.
     """
-    self.root = os.path.realpath(directory)
-    self.notes: list[str] = []
+    super().__init__(directory)
     self._ignored: list[str] = []
-    self._listed: dict[str, Files] = {}
     self._is_tiny = os.path.isfile(os.path.join(self.root, 'wnids.txt'))
-    self._bases = dict.fromkeys(_parse(split)[0] for split in splits)
+    self._bases = dict.fromkeys(parse(split)[0] for split in splits)
     # Labels are those of the training split, or of all there is.
     self._first = next(filter(self.has_split, self._bases), '')
     # {split: {class: its folder}}: Unicode has two forms of one name.
@@ -72,37 +61,9 @@ class Folder:
       )
     self.class_names = self._names()
 
-  def list_split(self, split: str) -> Files:
-    """Returns the files of a split.
-
-    Raises:
-      DataError: It is missing or empty, a class of the training split is
-        empty, or a link leads out of the folder.
-    """
-    base, low, high = _parse(split)
-    if base not in self._listed:
-      self._listed[base] = self._list_base(base)
-    files = self._listed[base]
-    if (low, high) != (0, 1):
-      first, last = (round(len(files) * share) for share in (low, high))
-      files = files.take(stratify(files.labels)[first:last])
-      self._note_share(split, files)
-    if not len(files):
-      raise DataError(f'split {split!r} of {printable(self.root)} is empty')
-    return files
-
-  def count_shared(self, first: str, second: str) -> int:
-    """Returns how many files two splits have in common."""
-    (a, *low_high), (b, *others) = _parse(first), _parse(second)
-    if os.path.normpath(a) != os.path.normpath(b):
-      return 0
-    low, high = max(low_high[0], others[0]), min(low_high[1], others[1])
-    count = len(self._listed[a])
-    return max(0, round(count * high) - round(count * low))
-
   def has_split(self, split: str) -> bool:
     """Returns whether the folder of a split is there."""
-    return os.path.isdir(os.path.join(self.root, _parse(split)[0]))
+    return os.path.isdir(os.path.join(self.root, parse(split)[0]))
 
   # Classes.
 
@@ -292,12 +253,21 @@ class Folder:
     check_inside(self.root, name)
     return place
 
-  def _note_share(self, split: str, files: Files) -> None:
-    missing = len(self.class_names) - len(np.unique(files.labels))
-    self.notes.append(
-      f'{split} is a stratified share of its folder'
-      + (f'; it has no image of {missing} classes' if missing else '')
-    )
+
+def open_folder(directory: str, splits: Sequence[str]) -> Splits:
+  """Returns the set in a folder, of whichever kind it is.
+
+  Args:
+    directory: `data.dir`.
+    splits: The names of the training and the evaluation split.
+
+  Raises:
+    DataError: Its files do not make a set with two classes.
+    ConfigError: A split is misspelt.
+  """
+  if food101.is_food101(directory, splits):
+    return food101.Food101(directory)
+  return Folder(directory, splits)
 
 
 def resolve_splits(data) -> tuple[str, str, list[str]]:
@@ -315,17 +285,14 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
   """
   root = data.dir
   check_folder('data.dir', root)
-  train, evaluation = _parse(data.train_split), _parse(data.eval_split)
+  train, evaluation = parse(data.train_split), parse(data.eval_split)
+  if food101.is_food101(root, (train[0], evaluation[0])):
+    check_holdout(data, HOLDOUT)
+    food101.check_splits(root, evaluation[0])
+    return data.train_split, data.eval_split, []
   folder = lambda split: os.path.join(root, split[0])
   if os.path.isdir(folder(evaluation)):
-    if data.holdout != HOLDOUT:
-      raise ConfigError(
-        f'data.holdout={data.holdout:g} would have no effect: '
-        f'data.eval_split={data.eval_split!r} is there; leave data.holdout '
-        'out, or choose shares such as '
-        "--config.data.train_split='train[:90%]' "
-        "--config.data.eval_split='train[90%:]'"
-      )
+    check_holdout(data, HOLDOUT)
     return data.train_split, data.eval_split, []
   others = [
     entry.name
@@ -345,23 +312,6 @@ def resolve_splits(data) -> tuple[str, str, list[str]]:
     'held out'
   )
   return f'{train[0]}[:{percent}]', f'{train[0]}[{percent}:]', [line]
-
-
-def _parse(split: str) -> tuple[str, float, float]:
-  """Returns (folder, first share, last share) of a split."""
-  if '[' not in split and split:
-    return split, 0, 1
-  found = _SHARE.fullmatch(split)
-  low, high = (0.0, 1.0)
-  if found:
-    low = float(found[2] or 0) / 100
-    high = float(found[3] or 100) / 100
-  if not found or not 0 <= low < high <= 1:
-    raise ConfigError(
-      f'data split {split!r} is malformed; give the name of a folder, or a '
-      "share of it in percent such as 'train[:80%]' or 'train[80%:90%]'"
-    )
-  return found[1], low, high
 
 
 def _no_split(root: str, name: str) -> str:

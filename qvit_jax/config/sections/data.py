@@ -33,7 +33,7 @@ FIELDS = (
   Field(
     'data.source', 'digits', one_of('digits', 'tfds', 'folder'),
     "'digits' (ships with scikit-learn) | 'tfds' | 'folder' (of images: "
-    'DIR/SPLIT/CLASS/FILE, or Tiny-ImageNet as distributed)',
+    'DIR/SPLIT/CLASS/FILE, or Tiny-ImageNet or Food-101 as distributed)',
   ),
   Field(
     'data.name', '', ANY,
