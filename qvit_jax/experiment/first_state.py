@@ -13,6 +13,7 @@ from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.experiment import calibration, checks, sources, statistics
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
+from qvit_jax.models import batch_norm
 from qvit_jax.quantization.methods.packing import unpack
 from qvit_jax.store import adapters, checkpoint, runs
 from qvit_jax.training.loop import Progress
@@ -75,15 +76,22 @@ def _fresh_state(
   """Returns a state with some parameters given, and lines about its steps."""
   config, key = experiment.config, jax.random.key(experiment.config.seed)
   is_learned = experiment.model.method.learns_steps
-  if not (config.quant.calibration_path and is_learned):
+  is_calibrated = config.quant.calibration_path and is_learned
+  if not (is_calibrated or batch_norm.norms(imported)):
     return experiment.fresh_state(key, imported), []
-  variables = experiment.fresh_variables(key, imported)
-  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
-  # A table of PTQ saw the model without norms.
-  params = statistics.folded_params(config, whole(variables))
-  steps, line = calibration.learned_start(experiment, params)
-  flat = tree.flatten(variables) | steps
-  return experiment.state_of(tree.unflatten(flat, variables)), [line]
+  variables, lines = experiment.fresh_variables(key, imported), []
+  if is_calibrated:
+    whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+    # A table of PTQ saw the model without norms.
+    params = statistics.folded_params(config, whole(variables))
+    steps, line = calibration.learned_start(experiment, params)
+    lines.append(line)
+    flat = tree.flatten(variables) | steps
+    variables = tree.unflatten(flat, variables)
+  if batch_norm.norms(imported):
+    variables, more = statistics.measured(experiment, variables)
+    lines += more
+  return experiment.state_of(variables), lines
 
 
 def _start_from(
@@ -106,7 +114,9 @@ def _start_from(
         'start from a float run'
       )
     variables = sources.trained(experiment, run, same_plan=False)
-    return experiment.state_of(variables), [f'starting from {run.origin}']
+    variables, lines = statistics.measured(experiment, variables)
+    state = experiment.state_of(variables)
+    return state, [f'starting from {run.origin}', *lines]
   # Steps of other bits or none at all: they are fitted to these parameters.
   params, lines = sources.parameters_of(experiment, path)
   state, more = _fresh_state(experiment, params)

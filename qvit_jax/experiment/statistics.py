@@ -6,7 +6,7 @@ updates. Where weights swing between two levels that is too few (Nagel et al.
 none at all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ from qvit_jax.models.batch_norm import COLLECTION, SEEN
 from qvit_jax.store.checkpoint import FLOATS
 from qvit_jax.training import stages as stages_lib
 from qvit_jax.training.state import TrainState
+
+# Training images from which statistics of a model without any are derived.
+_DERIVED = 512
 
 
 def folded_params(
@@ -156,6 +159,38 @@ def _largest_move(before: Any, after: Any) -> float:
   )
 
 
+def measured(
+  experiment: Experiment, variables: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns what a training starts from whose norms go by batches, and lines.
+
+  Where statistics are of nothing that the norms saw, they are derived: else
+  the first update would be one of another function.
+
+  Args:
+    experiment: Built for training.
+    variables: Of its model, trained by somebody.
+  """
+  if not experiment.model.changing:
+    return variables, []
+  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+  held = {COLLECTION: whole(variables[COLLECTION])}
+  if batch_norm.are_measured(tree.flatten(held)):
+    return variables, []
+  batch = experiment.config.train.batch_size
+  count = -(-min(_DERIVED, experiment.data.train.size) // batch)
+  held = models.statistics(experiment.config).held
+  return derive(experiment, variables, count), [
+    'statistics of norms are of nothing they saw (all means are 0, as where '
+    f'norms were folded): derived from {count * batch:,} training images, the '
+    f'function stays (to keep them, {_flag(held)})'
+  ]
+
+
+def _flag(fields: Mapping[str, Any]) -> str:
+  return ' '.join(f'--config.{name}={x}' for name, x in fields.items())
+
+
 def derive(
   experiment: Experiment, variables: dict[str, Any], count: int
 ) -> dict[str, Any]:
@@ -171,7 +206,8 @@ def derive(
     count: Batches of training images.
   """
   seen = collect(experiment, variables, count, by_batch=False)
-  flat = {n: np.asarray(x) for n, x in tree.flatten(variables).items()}
+  whole = jax.jit(lambda x: x, out_shardings=experiment.whole_sharding)
+  flat = {n: np.asarray(x) for n, x in tree.flatten(whole(variables)).items()}
   seen = tree.flatten({COLLECTION: seen})
   found = {n: np.asarray(x) for n, x in seen.items()}
   changed = batch_norm.with_statistics(flat, found)

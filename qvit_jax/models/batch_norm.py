@@ -178,6 +178,18 @@ def _affine_of(flat: Mapping[str, Any], norm: str) -> tuple[Any, Any]:
   return affine(*(np.asarray(flat[p], np.float64) for p in _paths_of(norm)))
 
 
+def are_measured(variables: Mapping[str, Any]) -> bool:
+  """Returns whether statistics by path are of anything that norms saw.
+
+  Those of a fresh model are not, nor those beside kernels that norms were
+  folded into: every mean is 0.
+  """
+  return any(
+    np.asarray(variables[f'{COLLECTION}/{norm}/mean']).any()
+    for norm in norms(variables)
+  )
+
+
 def with_statistics(
   variables: Mapping[str, Any], found: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import pytest
 from qvit_jax import modes, tree
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError, Preempted
-from qvit_jax.experiment import statistics, teacher
+from qvit_jax.experiment import first_state, statistics, teacher
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.models.batch_norm import COLLECTION
 from qvit_jax.store import runs
+from qvit_jax.store.checkpoint import Checkpoints
 from tests.small_cnns import rich_variables, run_config
 from tests.training.test_resume import baseline, end_state, rows, stop_after
 
@@ -281,3 +282,30 @@ def test_adapters_lie_on_the_statistics_of_their_base(tmp_path, capsys):
   for path, x in there.items():
     if path.startswith(f'{COLLECTION}/'):
       np.testing.assert_array_equal(merged[path], x)
+
+
+def test_a_start_without_statistics_derives_them(tmp_path, capsys):
+  """Such as from a file with norms folded: the function stays."""
+  held = run_config(batch_norm='held')
+  held.train.steps = 2
+  modes.run('train', held, str(tmp_path / 'held'))
+  there = tree.nest(arrays(tmp_path / 'held'))
+  config = run_config()
+  config.checkpoint.path = str(tmp_path / 'held')
+  config.train.update(batch_size=128, steps=2)
+  experiment = Experiment(config, training=True)
+  own = Checkpoints(tmp_path / 'own' / 'checkpoints', writer=True)
+  state, _, lines = first_state.initial_state(experiment, own)
+  assert lines[1:] == [
+    'statistics of norms are of nothing they saw (all means are 0, as where '
+    'norms were folded): derived from 512 training images, the function stays '
+    '(to keep them, --config.model.batch_norm=held)'
+  ]
+  here = jax.device_get(state.variables)
+  assert here[COLLECTION]['norm1_1']['mean'].any()
+  images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+  apply = jax.jit(experiment.model.module.apply)
+  images = jnp.asarray(images, jnp.float32)
+  np.testing.assert_allclose(
+    apply(here, images), apply(there, images), rtol=0, atol=1e-5
+  )
