@@ -98,12 +98,16 @@ class Pair:
     second: The layer whose input channels are scaled back.
     ceiling: Beyond it the activation is constant (6 of a ReLU6); None: none.
     is_linear: Whether there is no activation at all.
+    has_mean: Whether a mean over pixels lies between the activation and the
+      second layer, so that this one's inputs do not show what the activation
+      gave.
   """
 
   first: str
   second: str
   ceiling: float | None = None
   is_linear: bool = False
+  has_mean: bool = False
 
 
 @runtime_checkable

@@ -63,10 +63,11 @@ def seen(x, bins=2048):
 
 def pack(config, name, params, stats=None, *, rules=(), **options):
   """The packed model of a row; transforms see `stats` too."""
-  row, sites = rows.parse_row(name), models.list_sites(config)
-  stream = models.stream(config)
+  stream, pairs = models.stream(config), models.pairs(config)
+  row = rows.parse_row(name, has_stream=stream is not None)
+  sites = models.list_sites(config)
   params = ptq.transform(
-    row, params, stream, lambda done, params: stats, seed=0
+    row, params, stream, lambda done, params: stats, seed=0, pairs=pairs
   )
   planned = {}
   if not row.is_float:

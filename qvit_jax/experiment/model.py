@@ -219,7 +219,7 @@ class Model:
     more = self.method.note(quant, self.ops, plan)
     return (
       f'{listed} (recipe {quant.recipe}, activations '
-      f'{plan.act_granularity}{more})'
+      f'{plan.granularity_text()}{more})'
     )
 
   def size_bytes(self) -> int:

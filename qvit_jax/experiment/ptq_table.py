@@ -22,12 +22,12 @@ from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq import calibrate, compare, plans
-from qvit_jax.quantization.ptq.rows import (
-  Row,
+from qvit_jax.quantization.ptq.row_checks import (
   check_groups,
-  check_stream,
-  parse_row,
+  check_model,
+  scale_notes,
 )
+from qvit_jax.quantization.ptq.rows import Row, parse_row
 from qvit_jax.quantization.ptq.tune import tune
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
 from qvit_jax.report import page
@@ -67,7 +67,8 @@ class Table:
     config = experiment.config
     self.experiment, self.config, self.say = experiment, config, say
     self.params, self.place = params, place
-    self.rows = [parse_row(name) for name in config.ptq.rows]
+    self.stream, self.pairs = models.stream(config), models.pairs(config)
+    self.rows = [self._parse(name) for name in config.ptq.rows]
     names = [row.name for row in self.rows]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -75,8 +76,7 @@ class Table:
         f'ptq.rows names {", ".join(sorted(twice))} twice; leave one out'
       )
     self.sites = experiment.model.plan.sites
-    self.stream = models.stream(config)
-    check_stream(self.rows, self.stream)
+    check_model(self.rows, self.sites, self.stream, self.pairs)
     self.products = sensitivity.products(config, self.sites)
     self.qat = [
       findings.qat_row(path, config, experiment.data.evaluated)
@@ -98,11 +98,17 @@ class Table:
     # Once for all rows: labels of the evaluated images, pictures of the report.
     self._labels = np.zeros(0, np.int32)
     self._histograms: list[dict[str, Any]] | None = None
-    for note in check_groups(self.rows, self.sites):
+    for note in (
+      *check_groups(self.rows, self.sites),
+      *scale_notes(self.rows, self.sites, config.ptq.scales),
+    ):
       say(f'note: {note}')
     for line in self._rule_lines():
       say(line)
     self._check_mixed()
+
+  def _parse(self, name: str) -> Row:
+    return parse_row(name, has_stream=self.stream is not None)
 
   def _check_mixed(self) -> None:
     """Refuses choices, budgets and a damaged file before hours of rows."""
@@ -130,7 +136,7 @@ class Table:
     """Runs every row that results.json does not hold yet; returns all."""
     self._done = done = self._done_rows()
     known = {
-      name: self._measure(self._pack(parse_row(name)))
+      name: self._measure(self._pack(self._parse(name)))
       for name in (_BASELINE, _RIVAL)
     }
     base = known[_BASELINE].logits
@@ -140,7 +146,7 @@ class Table:
         'with them; start from a trained checkpoint'
       )
     rivals = {'float': known[_BASELINE], 'bf16': known[_RIVAL]}
-    baseline = self._row(parse_row(_BASELINE), known[_BASELINE], rivals, None)
+    baseline = self._row(self._parse(_BASELINE), known[_BASELINE], rivals, None)
     finished = []
     for index, row in enumerate(self.rows):
       if row.name in done:
@@ -177,7 +183,7 @@ class Table:
 
   def _is_whole(self, row: dict[str, Any]) -> bool:
     """Returns whether a row's file is there and its name means the same."""
-    parsed = parse_row(row['name'])
+    parsed = self._parse(row['name'])
     path = self._artifact(parsed)
     return (
       row['method'] == self._method(parsed)
@@ -242,9 +248,7 @@ class Table:
 
   def _pack(self, row: Row) -> Packed:
     """Returns the row's model as it comes back from its file."""
-    params = ptq.transform(
-      row, self.params, self.stream, self._observe, seed=self.config.seed
-    )
+    params = self._transformed(row)
     sites = {}
     if not row.is_float:
       sites = plans.plan_sites(row, self._plan_row(row, params), self.stream)
@@ -269,6 +273,12 @@ class Table:
       config=config_lib.to_json(self.config),
     )  # fmt: skip
     return artifacts.load(path, self.sites, architecture)
+
+  def _transformed(self, row: Row) -> dict[str, np.ndarray]:
+    return ptq.transform(
+      row, self.params, self.stream, self._observe, seed=self.config.seed,
+      pairs=self.pairs,
+    )  # fmt: skip
 
   def _plan_row(self, row: Row, params) -> QuantPlan:
     chosen = None
@@ -381,9 +391,7 @@ class Table:
     """Returns bits and noise of every product; None for a float row."""
     if row.is_float:
       return None
-    params = ptq.transform(
-      row, self.params, self.stream, self._observe, seed=self.config.seed
-    )
+    params = self._transformed(row)
     images = (
       batch[start : start + _NOISE_BATCH]
       for batch in self.calibration.batches(

@@ -9,11 +9,11 @@ from qvit_jax.errors import ConfigError
 from qvit_jax.models import mobilenet, vgg, vit
 from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.models.family import Family
-from qvit_jax.ops import Ops, Site, Stream
+from qvit_jax.ops import Ops, Pair, Site, Stream
 
 __all__ = [
     'FAMILIES', 'Family', 'Statistics', 'architecture', 'build_model', 'family',
-    'list_sites', 'statistics', 'stream', 'tensor_rules',
+    'list_sites', 'pairs', 'statistics', 'stream', 'tensor_rules',
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -70,6 +70,11 @@ def stream(config) -> Stream | None:
 def statistics(config) -> Statistics | None:
   """Returns how the model's norms keep statistics; None: they keep none."""
   return family(config).statistics
+
+
+def pairs(config) -> tuple[Pair, ...]:
+  """Returns layers between which channels can be scaled; () where none can."""
+  return family(config).pairs(config.model)
 
 
 def list_sites(config) -> list[Site]:

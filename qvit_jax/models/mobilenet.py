@@ -231,7 +231,7 @@ def pairs(model) -> tuple[Pair, ...]:
     before = None if spec.is_residual else (chain[-1], True)
   if before:
     found.append(_pair(*before, 'last'))
-  return (*found, Pair('last', 'head', CEILING))
+  return (*found, Pair('last', 'head', CEILING, has_mean=True))
 
 
 def _pair(first: str, is_linear: bool, second: str) -> Pair:

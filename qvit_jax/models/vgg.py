@@ -145,10 +145,13 @@ def pairs(model) -> tuple[Pair, ...]:
     for i, count in enumerate(SIZES[model.size])
     for k in range(count)
   ]
-  layers += ['fc1', 'fc2'] if model.classifier == 'paper' else []
-  layers += ['head']
+  last = layers[-1]
+  is_paper = model.classifier == 'paper'
+  layers += ['fc1', 'fc2', 'head'] if is_paper else ['head']
+  # Windows of the mean of one pixel each leave the image as it is.
+  has_mean = not is_paper or model.image_size != _WINDOWS * 2 ** len(_WIDTHS)
   return tuple(
-    Pair(first, second)
+    Pair(first, second, has_mean=first == last and has_mean)
     for first, second in zip(layers, layers[1:], strict=False)
   )
 

@@ -1,22 +1,28 @@
 """Products of integers from packed kernels: how a row of PTQ runs.
 
 Codes travel as bf16 or float32 numbers ("carriers"): every integer up to 256
-is exact in bf16, and sums in float32 are exact below 2**24. Longer sums are
-cut into pieces and added as int32, so results are those of integer hardware,
+is exact in bf16. `arithmetic.exact` multiplies them as integer hardware would,
 bit for bit, at the speed of the fastest product that XLA has.
 
 Activations have asymmetric codes. What is multiplied is code - zero, a whole
-number again, so that no correction is left to make. Models that AQT trained
+number again, so that no correction is left to make, and the zeros around an
+image are zeros. Models that AQT trained
 keep its symmetric codes: see `aqt_product`.
 """
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 
-from qvit_jax.arithmetic.products import multiply, precision_of, spread
+from qvit_jax.arithmetic.exact import exact_dot
+from qvit_jax.arithmetic.products import (
+  Window,
+  multiply,
+  patches,
+  shared_axes,
+  spread,
+)
+from qvit_jax.errors import QuantError
 from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
 from qvit_jax.quantization.aqt_product import aqt_product
@@ -26,7 +32,6 @@ from qvit_jax.quantization.softmax_codes import LEVELS
 
 # Codes of more bits are rounded, but travel and multiply as float32.
 MAX_PACKED_BITS = 8
-_EXACT = 2**24  # whole numbers below are exact in float32
 _BF16_EXACT = 2**8
 
 
@@ -42,11 +47,13 @@ class SitePlan:
     block: Channels that a Hadamard matrix turns together before they are
       rounded (see `hadamard.turn_blocks`); 0: none.
     softmax: Codes of attention weights: 'uniform', 'log2' or 'twin'.
-    reach: Largest sum of |codes| of an output channel's kernel; 0: unknown.
+    reach: Largest sum of |codes| of an output channel's kernel; 0: unknown. Of
+      older files, which do not know `parts`.
     clip: Most that an input may be, in magnitude; 0: no bound.
     aqt: 'per_token' or 'per_tensor' where activations have AQT's symmetric
       codes (see `aqt_product`), with one scale for each row or for all; '':
       dynamic or static codes from the smallest to the largest value.
+    parts: Pieces into which sums are cut (`exact.exact_dot`); 0: unknown.
   """
 
   weights: int | None = None
@@ -57,6 +64,18 @@ class SitePlan:
   reach: int = 0
   clip: float = 0.0
   aqt: str = ''
+  parts: int = 0
+
+  @property
+  def most(self) -> int:
+    """Bound on the magnitude of a code of the activations."""
+    return 2 ** (self.acts - 1) if self.aqt else 2**self.acts - 1
+
+  @property
+  def cuts(self) -> int:
+    """`parts`, as far as it is known."""
+    is_short = 0 < self.reach * self.most < 2**24
+    return self.parts or int(is_short)
 
   @property
   def is_integer(self) -> bool:
@@ -66,38 +85,6 @@ class SitePlan:
     """
     fits = max(self.acts or 0, self.weights or 0) <= MAX_PACKED_BITS
     return self.acts is not None and fits and self.softmax == 'uniform'
-
-
-def exact_dot(lhs, rhs, dims, largest: int, total: int = 0):
-  """Returns the exact product of two arrays of whole numbers, in float32.
-
-  Args:
-    lhs: Whole numbers, in any float type.
-    rhs: The same.
-    dims: `lax.dot_general`'s dimension numbers; one axis is contracted.
-    largest: Bound on |lhs| * |rhs|, elementwise.
-    total: Bound on their sum over the contracted axis, where one is known.
-  """
-  ((axis,), (other,)), _ = dims
-  size, precision = lhs.shape[axis], precision_of(lhs, rhs)
-  piece = max(1, (_EXACT - 1) // largest)
-  if size <= piece or 0 < total < _EXACT:
-    return jax.lax.dot_general(
-      lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32
-    )
-  count = math.ceil(size / piece)
-  edges = [size * i // count for i in range(count + 1)]
-  summed = jnp.zeros((), jnp.int32)
-  for low, high in zip(edges, edges[1:], strict=False):
-    part = jax.lax.dot_general(
-      jax.lax.slice_in_dim(lhs, low, high, axis=axis),
-      jax.lax.slice_in_dim(rhs, low, high, axis=other),
-      dims,
-      precision=precision,
-      preferred_element_type=jnp.float32,
-    )
-    summed = summed + part.astype(jnp.int32)
-  return summed.astype(jnp.float32)
 
 
 def _carrier(bits: int):
@@ -173,6 +160,23 @@ def _with_norm(module, y, dtype):
   )
 
 
+def _rows_of(site: Site, x, dims):
+  """Returns what each row of a product of matrices sees, and its dimensions.
+
+  Groups of a kernel's rows have scales of their own, which no convolution
+  applies.
+  """
+  if isinstance(dims, Window):
+    if dims.groups > 1:
+      raise QuantError(
+        f'{site.path} is a convolution in {dims.groups} groups: its kernel '
+        'cannot have scales of groups of rows and rounded activations; give '
+        'it one scale for each output channel'
+      )
+    x = patches(x, dims)[..., 0, :]
+  return x, (((x.ndim - 1,), (0,)), ((), ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class IntegerCore:
   """Reads packed kernels from the collection `quant`. See `ops.Core`.
@@ -198,7 +202,7 @@ class IntegerCore:
       kernel = module.get_variable('quant', 'kernel')
       y = aqt_product(plan, site, lhs, kernel, dims, self._dot)
     else:
-      y = self._layer(module, plan, lhs)
+      y = self._layer(module, site, lhs, dims)
     return _with_norm(module, y, lhs.dtype)
 
   def _stored(self, module, plan: SitePlan, side: str):
@@ -207,15 +211,14 @@ class IntegerCore:
     read = module.get_variable
     return read('quant', f'{side}_scale'), read('quant', f'{side}_zero')
 
-  def _dot(self, lhs, rhs, dims, largest: int, total: int = 0):
+  def _dot(self, lhs, rhs, dims, largest: int, parts: int = 0):
     if self.is_exact:
-      return exact_dot(lhs, rhs, dims, largest, total)
+      return exact_dot(lhs, rhs, dims, largest, parts)
     return multiply(lhs, rhs, dims)
 
-  def _layer(self, module, plan: SitePlan, x):
+  def _layer(self, module, site: Site, x, dims):
+    plan = dict(self.sites)[site.path]
     kernel = module.get_variable('quant', 'kernel')
-    axis = x.ndim - 1
-    dims = (((axis,), (0,)), ((), ()))
     scale = None
     if plan.clip:
       x = jnp.clip(x, -plan.clip, plan.clip)
@@ -223,25 +226,28 @@ class IntegerCore:
       x = turn_blocks(x.astype(jnp.float32), plan.block)
     if plan.acts is not None:
       x, scale = _centered(
-        x, plan.acts, (axis,), self._stored(module, plan, 'lhs')
+        x, plan.acts, shared_axes(dims, 0), self._stored(module, plan, 'lhs')
       )
     if not plan.is_integer or plan.weights is None:
       return _half_float(x, scale, kernel, dims)
-    most = (2**plan.acts - 1) * kernel.largest_code
-    w = kernel.codes.astype(x.dtype)
-    size = kernel.group
-    total = sum(
-      self._dot(
-        x[..., g * size : (g + 1) * size],
-        w[g * size : (g + 1) * size],
-        dims,
-        most,
-        plan.reach * (2**plan.acts - 1),
+    w, most = kernel.codes.astype(x.dtype), plan.most * kernel.largest_code
+    if len(kernel.scale) == 1:
+      y = self._dot(x, w, dims, most, plan.cuts) * kernel.scale[0]
+    else:
+      x, dims = _rows_of(site, x, dims)
+      size = kernel.group
+      y = sum(
+        self._dot(
+          x[..., g * size : (g + 1) * size],
+          w[g * size : (g + 1) * size],
+          dims,
+          most,
+          int(plan.cuts == 1),
+        )
+        * row
+        for g, row in enumerate(kernel.scale)
       )
-      * row
-      for g, row in enumerate(kernel.scale)
-    )
-    return total * scale
+    return y * scale
 
   def _product(self, module, plan: SitePlan, lhs, rhs, dims):
     if plan.acts is None:
@@ -258,7 +264,7 @@ class IntegerCore:
       rhs, plan.acts, (right,), self._stored(module, plan, 'rhs')
     )
     if plan.is_integer:
-      y = self._dot(a, b, dims, (2**plan.acts - 1) ** 2)
+      y = self._dot(a, b, dims, plan.most**2)
     else:
       y = multiply(a, b.astype(a.dtype), dims)
     for side, x, scale in ((1, b, b_scale), (0, a, a_scale)):

@@ -1,12 +1,15 @@
 """A quantized model whose kernels are codes, ready to run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from qvit_jax import tree
+from qvit_jax.arithmetic.exact import parts_needed
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import qtensor
 from qvit_jax.quantization.finite import check_finite, check_learned
@@ -76,11 +79,12 @@ def assemble(
   check_finite(params)
   check_learned(quant)
   plans = dict(plans)
-  for path, plan in plans.items():
-    kernel = quant.get(f'{path}/kernel')
-    if isinstance(kernel, qtensor.QTensor):
-      reach = int(jnp.abs(kernel.codes.astype(jnp.int32)).sum(axis=0).max())
-      plans[path] = dataclasses.replace(plan, reach=reach)
+  for site in sites:
+    plan, kernel = plans[site.path], quant.get(f'{site.path}/kernel')
+    if isinstance(kernel, qtensor.QTensor) and plan.is_integer:
+      taps = math.prod(site.window.size) if site.window else 1
+      parts = parts_needed(np.asarray(kernel.codes), taps, plan.most)
+      plans[site.path] = dataclasses.replace(plan, parts=parts)
   variables = {
     'params': tree.nest({n: jnp.asarray(x) for n, x in params.items()}),
     'quant': tree.nest(quant),

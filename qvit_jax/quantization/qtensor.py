@@ -145,10 +145,27 @@ def quantize(
 
 
 def group_scales(
-  w: Float[Array, 'i o'], bits: int, *, group: int = 0, search: bool = True
+  w: Float[Array, 'i o'],
+  bits: int,
+  *,
+  group: int = 0,
+  search: bool = True,
+  one: bool = False,
 ) -> Float[Array, 'g o']:
-  """Returns one scale for each group of input channels; see `quantize`."""
+  """Returns one scale for each group of input channels; see `quantize`.
+
+  Args:
+    w: Kernel.
+    bits: Of a code.
+    group: See `quantize`.
+    search: See `quantize`.
+    one: Whether there is a single scale for the whole kernel, without groups,
+      written once for each output channel.
+  """
   rows, width = w.shape
+  if one:
+    scale = group_scales(w.reshape(-1, 1), bits, search=search)
+    return jnp.broadcast_to(scale, (1, width))
   group = min(group or rows, rows)
   count = -(-rows // group)
   # Groups side by side: every one is a column of its own.

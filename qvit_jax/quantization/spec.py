@@ -77,7 +77,7 @@ class QuantPlan:
     specs: One for each site.
     act_granularity: 'per_token' (one scale for each row of the product) or
       'per_tensor' (one for the whole batch); of learned steps one of
-      `learned_core.STEPS`.
+      `learned_core.STEPS`. See `granularity_of` for convolutions.
   """
 
   sites: tuple[Site, ...]
@@ -150,11 +150,8 @@ class QuantPlan:
     """Returns the plan as aligned text, one line a site, totals below."""
     rows = [('site', 'kind', 'left x right', 'MACs', 'spec', 'scales')]
     for site, spec in zip(self.sites, self.specs, strict=True):
-      shapes = ' x '.join(
-        'x'.join(map(str, shape)) for shape in (site.lhs_shape, site.rhs_shape)
-      )
       rows.append((
-          site.path, site.kind, shapes, f'{site.macs:,}', str(spec),
+          site.path, site.kind, _shapes(site), f'{site.macs:,}', str(spec),
           self._scales(site, spec),
       ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -173,13 +170,52 @@ class QuantPlan:
     )
     return '\n'.join(lines)
 
+  def granularity_text(self) -> str:
+    """Returns `act_granularity`, and what becomes of it in convolutions."""
+    others: dict[str, int] = {}
+    for site, spec in zip(self.sites, self.specs, strict=True):
+      shared = granularity_of(site, self.act_granularity)
+      if spec.acts and shared != self.act_granularity:
+        others[shared] = others.get(shared, 0) + 1
+    more = ', '.join(f'{n} convolutions {name}' for name, n in others.items())
+    return self.act_granularity + (f' ({more})' if more else '')
+
   def _scales(self, site: Site, spec: QuantSpec) -> str:
     parts = ['weights per channel'] if spec.weights else []
     if spec.acts:
-      parts.append(f'activations {self.act_granularity}')
+      shared = granularity_of(site, self.act_granularity)
+      parts.append(f'activations {shared}')
     if not parts and not site.is_layer:
       return 'quant.attention is float'
     return ', '.join(parts) or '-'
+
+
+def granularity_of(site: Site, granularity: str) -> str:
+  """Returns what shares a range of a site's activations.
+
+  Windows of a convolution overlap: one range is for all pixels and channels of
+  an image, or for all images.
+
+  Args:
+    site: What is computed.
+    granularity: Of its plan.
+  """
+  if site.window is None:
+    return granularity
+  return 'per_image' if granularity == 'per_token' else 'per_tensor'
+
+
+def _shapes(site: Site) -> str:
+  """Returns '32x32x16 x 3x3x1x16, 16 groups, stride 2'."""
+  right, more = site.rhs_shape, ''
+  if window := site.window:
+    right = window.kernel_shape(right)
+    more += f', {window.groups} groups' if window.groups > 1 else ''
+    if window.strides != (1, 1):
+      strides = dict.fromkeys(map(str, window.strides))  # of both axes, once
+      more += f', stride {"x".join(strides)}'
+  shapes = ('x'.join(map(str, shape)) for shape in (site.lhs_shape, right))
+  return ' x '.join(shapes) + more
 
 
 def stem_rule(stem: str, spec: QuantSpec) -> tuple[str, QuantSpec]:

@@ -16,7 +16,7 @@ from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.experiment.teacher import Teacher
 from qvit_jax.ops import SiteDense
-from qvit_jax.quantization.ptq import rows
+from qvit_jax.quantization.ptq import row_checks, rows
 from tests.conftest import ROOT, make_digits_config
 from tests.small_models import logits, pack, random_params, rich_config
 
@@ -135,19 +135,21 @@ def test_a_family_without_a_residual_stream_is_quantized(flat):
 def test_solvers_of_a_residual_stream_are_refused_without_one(flat, solver):
   row = rows.parse_row(f'w4a4+{solver}+gptq')
   with pytest.raises(ConfigError, match=rf'{solver}.* none. Write .w4a4\+gptq'):
-    rows.check_stream([row], models.stream(flat))
-  rows.check_stream([row], models.stream(make_digits_config()))
+    row_checks.check_model([row], models.list_sites(flat), models.stream(flat))
+  vit = make_digits_config()
+  row_checks.check_model([row], models.list_sites(vit), models.stream(vit))
 
 
 @pytest.mark.parametrize(
   'name', ['w4a4', 'w8a8+rotate', 'w4a8+hadamard', 'mixed_sensitivity']
 )
 def test_the_row_that_is_named_instead_is_taken(flat, name):
+  sites = models.list_sites(flat)
   with pytest.raises(ConfigError) as caught:
-    rows.check_stream([rows.parse_row(name)], None)
+    row_checks.check_model([rows.parse_row(name)], sites, None)
   assert '\n' not in str(caught.value)
   advice = re.search(r"Write '(.*)'$", str(caught.value))[1]
-  rows.check_stream([rows.parse_row(advice)], None)
+  row_checks.check_model([rows.parse_row(advice)], sites, None)
 
 
 @pytest.mark.parametrize('recipe', ['lsq', 'statsq'])

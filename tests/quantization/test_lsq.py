@@ -21,7 +21,7 @@ from qvit_jax.quantization import (
   build_plan,
 )
 from qvit_jax.quantization.methods import lsq, qvit
-from qvit_jax.quantization.methods.learned_core import LearnedCore, shared_axes
+from qvit_jax.quantization.methods.learned_core import LearnedCore, step_axes
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.store.runs import Run
 from tests import reference
@@ -272,7 +272,7 @@ def test_codes_are_signed_where_negative_values_were_seen():
    ('per_position', (0, 3))],
 )  # fmt: skip
 def test_what_shares_a_step(steps, wanted):
-  assert shared_axes(4, 3, (2,), steps) == wanted
+  assert step_axes(4, (3,), (2,), steps) == wanted
 
 
 def test_rectified_queries_are_q_vits():

@@ -23,7 +23,7 @@ from qvit_jax.quantization import (
   qtensor,
   quantize,
 )
-from qvit_jax.quantization.ptq import calibrate, gptq, rotate, rows
+from qvit_jax.quantization.ptq import calibrate, gptq, rotate, row_checks, rows
 from qvit_jax.quantization.ptq.ranges import choose_range
 from qvit_jax.store import artifacts
 from tests.small_models import (
@@ -672,15 +672,23 @@ def test_ptq_of_a_quantized_run_is_refused(tmp_path):
     modes.run('ptq', config, str(tmp_path / 'out'))
 
 
-def test_groups_that_a_layer_cannot_fill_are_refused():
+def test_groups_that_no_layer_fills_are_refused():
+  row = rows.parse_row('int4_weight_only_g64')
+  with pytest.raises(QuantError, match='patch_embed has only 48'):
+    row_checks.check_groups([row], models.list_sites(rich_config()))
+
+
+def test_layers_that_do_not_fill_a_group_are_said():
   row = rows.parse_row('int4_weight_only_g32')
-  with pytest.raises(QuantError, match='attn/query has only 24'):
-    rows.check_groups([row], models.list_sites(rich_config()))
+  lines = row_checks.check_groups([row], models.list_sites(rich_config()))
+  assert 'have fewer than 32 inputs and one scale' in lines[0]
+  assert 'do not divide the inputs of patch_embed' in lines[1]
 
 
 def test_groups_that_end_short_are_said():
   sites = models.list_sites(rich_config(width=48, mlp_dim=64))
-  (line,) = rows.check_groups([rows.parse_row('int4_weight_only_g32')], sites)
+  row = rows.parse_row('int4_weight_only_g32')
+  (line,) = row_checks.check_groups([row], sites)
   assert 'groups of 32 do not divide the inputs of' in line
   assert 'attn/query' in line
 

@@ -25,10 +25,15 @@ from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import int_numerics
 from jaxtyping import Array, Float
 
-from qvit_jax.arithmetic.products import multiply, precision_of
+from qvit_jax.arithmetic.products import Window, multiply, precision_of
+from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops
 from qvit_jax.quantization import numerics, qtensor
 from qvit_jax.quantization.integer_core import SitePlan
+from qvit_jax.quantization.methods.aqt_convolution import (
+  Rounding,
+  aqt_convolution,
+)
 from qvit_jax.quantization.methods.method import BITS, Method
 from qvit_jax.quantization.qtensor import QTensor
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec
@@ -146,6 +151,9 @@ class AqtCore:
       return multiply(lhs, rhs, dims)
     dtype = numerics.aqt_dtype(lhs.dtype)
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+    if isinstance(dims, Window):
+      how = Rounding(dims, spec.acts, rhs_bits, self.plan.act_granularity)
+      return aqt_convolution(how, lhs, rhs)
     per_tensor = self.plan.act_granularity == 'per_tensor'
     whole = per_tensor, per_tensor and not site.is_layer
     if self.backward_bits and module.has_rng(STREAM):
@@ -208,8 +216,24 @@ def _note(quant, ops: Ops, plan: QuantPlan) -> str:
   return f', backward products {quant.backward_bits} bit, stochastic'
 
 
+def _make_ops(quant, plan: QuantPlan, hidden) -> Ops:
+  del hidden
+  windows = [
+    site.path
+    for site, spec in zip(plan.sites, plan.specs, strict=True)
+    if site.window and (spec.weights or spec.acts)
+  ]
+  if quant.backward_bits and windows:
+    raise QuantError(
+      f'quant.backward_bits={quant.backward_bits} rounds products of matrices, '
+      f'but {windows[0]} is a convolution (one of {len(windows)}); set '
+      '--config.quant.backward_bits=0'
+    )
+  return Ops(core=AqtCore(plan, quant.backward_bits))
+
+
 METHOD = Method(
-  lambda quant, plan, hidden: Ops(core=AqtCore(plan, quant.backward_bits)),
+  _make_ops,
   reads=(*BITS, 'quant.backward_bits'),
   granularities=('per_token', 'per_tensor'),
   pack=AqtCore.pack,

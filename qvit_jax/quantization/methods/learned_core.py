@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qvit_jax.arithmetic.products import multiply
+from qvit_jax.arithmetic.products import Window, multiply, shared_axes
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization import numerics, qtensor
@@ -67,16 +67,15 @@ class LearnedCore:
     if block:
       lhs = turn_blocks(lhs.astype(jnp.float32), block)
       rhs = turn_blocks(rhs.T, block).T
-    ((left,), (right,)), (_, batch) = dims
     coders, learned = [None, None], [None, None]
     if spec.acts is not None:
-      sides = [(0, 'lhs', lhs, left, dims[1][0])]
-      if not site.is_layer:
-        sides.append((1, 'rhs', rhs, right, batch))
-      for side, name, x, axis, heads in sides:
-        axes = shared_axes(x.ndim, axis, heads[1:], self.plan.act_granularity)
+      for side, x in enumerate((lhs,) if site.is_layer else (lhs, rhs)):
+        heads = () if isinstance(dims, Window) else dims[1][side][1:]
+        axes = step_axes(
+          x.ndim, shared_axes(dims, side), heads, self.plan.act_granularity
+        )
         coders[side], learned[side] = self._activation(
-          module, name, x, axes, spec.acts
+          module, ('lhs', 'rhs')[side], x, axes, spec.acts
         )
     if site.is_layer and spec.weights is not None:
       coders[1], learned[1] = self._kernel(module, rhs, spec.weights)
@@ -178,23 +177,25 @@ class LearnedCore:
     return here == (kernel.bits, len(kernel.scale), kernel.is_odd, block)
 
 
-def shared_axes(
-  ndim: int, contracted: int, heads: tuple[int, ...], steps: str
+def step_axes(
+  ndim: int, summed: tuple[int, ...], heads: tuple[int, ...], steps: str
 ) -> tuple[int, ...]:
   """Returns the axes of activations that share a step.
 
   Args:
     ndim: Of the operand.
-    contracted: Over which the product sums; always shared, as is the batch.
+    summed: Over which the product sums (`products.shared_axes`); always shared,
+      as is the batch.
     heads: The axis of heads of an attention product's operand, or none.
     steps: One of STEPS: one step; one for each head of an attention product;
       one for each token position (and head, and channel of values); none, but
       the range of each token of each image (and head, and channel of values).
+      A convolution has one step, or the range of each image.
   """
   if steps == 'per_token':
-    return (contracted,)
+    return summed
   if steps == 'per_position':
-    return (0, contracted)
+    return (0, *summed)
   kept = heads if steps == 'per_head' else ()
   return tuple(i for i in range(ndim) if i not in kept)
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qvit_jax.arithmetic.products import DotDims, precision_of, spread
+from qvit_jax.arithmetic.exact import whole_product
+from qvit_jax.arithmetic.products import Dims, multiply, raw_product, spread
 from qvit_jax.quantization import numerics
 
 # A step below it stands for a dead operand; its gradient still passes.
@@ -213,13 +214,13 @@ class Product:
   """A product and the coders of its operands; None leaves one in float.
 
   Attributes:
-    dims: Dimension numbers of `lax.dot_general`.
+    dims: Dimension numbers of `lax.dot_general`, or a window.
     lhs: Of the left operand.
     rhs: Of the right operand.
     dtype: Of the products of the gradient; None: that of the left operand.
   """
 
-  dims: DotDims
+  dims: Dims
   lhs: Coder | None
   rhs: Coder | None
   dtype: Any = None
@@ -248,14 +249,8 @@ def coded_product(
   (a, _), (b, _) = _codes(product, lhs, rhs, left, right)
   exact = product.lhs is not None and product.rhs is not None
   carrier = jnp.bfloat16 if exact else lhs.dtype
-  a, b = a.astype(carrier), b.astype(carrier)
-  y = jax.lax.dot_general(
-    a,
-    b,
-    product.dims,
-    precision=precision_of(a, b),
-    preferred_element_type=jnp.float32,
-  )
+  times = whole_product if exact else multiply
+  y = times(a.astype(carrier), b.astype(carrier), product.dims)
   for worth in _worth(product, lhs, rhs, left, right):
     y = y * worth
   return y
@@ -280,9 +275,7 @@ def _worth(product: Product, lhs, rhs, left, right):
   found = []
   operands = (1, rhs, right, product.rhs), (0, lhs, left, product.lhs)
   out = jax.eval_shape(
-    lambda a, b: jax.lax.dot_general(a, b, product.dims),
-    lhs,
-    rhs.astype(lhs.dtype),
+    lambda a, b: raw_product(a, b, product.dims), lhs, rhs.astype(lhs.dtype)
   )
   for side, x, how, coder in operands:
     if coder is None:
@@ -310,9 +303,7 @@ def _backward(product: Product, saved, cotangent):
   levels = (x if worth is None else x * worth for x, worth in coded)
   # In the compute dtype, results too: see `products.multiply`.
   _, pullback = jax.vjp(
-    lambda a, b: jax.lax.dot_general(
-      a, b, product.dims, precision=precision_of(a, b)
-    ),
+    lambda a, b: raw_product(a, b, product.dims),
     *(x.astype(dtype) for x in levels),
   )
   grads = pullback(cotangent.astype(dtype))

@@ -7,11 +7,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qvit_jax import tree
-from qvit_jax.ops import FloatCore, Ops, Site, Stream
+from qvit_jax.errors import QuantError
+from qvit_jax.ops import FloatCore, Ops, Pair, Site, Stream
 from qvit_jax.quantization import hadamard, numerics, qtensor
 from qvit_jax.quantization.finite import at_site, check_finite
 from qvit_jax.quantization.integer_core import (
@@ -33,6 +35,7 @@ def transform(
   observe: Callable[[tuple[str, ...], dict], Mapping[str, SiteStats]],
   *,
   seed: int,
+  pairs: Sequence[Pair] = (),
 ) -> dict[str, np.ndarray]:
   """Returns parameters of the same function that are easier to round.
 
@@ -40,14 +43,16 @@ def transform(
     row: Its transforms are applied in the order of `solvers.SOLVERS`.
     params: Path to float32 array.
     stream: Who writes to and reads from the residual stream. None: the model
-      has none; `rows.check_stream` has refused the rows that need it.
+      has none; `rows.check_model` has refused the rows that need it.
     observe: (transforms so far, parameters so far) -> statistics.
     seed: Of the rotations.
+    pairs: Layers between which channels can be scaled; see `stream`.
   """
   done: tuple[str, ...] = ()
   for name in row.transforms:
     see = functools.partial(observe, done, params)
-    params = SOLVERS[name].transform(params, stream, see, seed)
+    places = pairs if SOLVERS[name].needs_pairs else stream
+    params = SOLVERS[name].transform(params, places, see, seed)
     done = (*done, name)
   return params
 
@@ -88,7 +93,7 @@ def apply_row(
       packed, correction = _pack(row, site, plan, jnp.asarray(kernel), stats)
       quant[f'{site.path}/kernel'] = packed
       if correction is not None:
-        bias = rest[f'{site.path}/bias']
+        bias = _bias(rest, site.path)
         rest[f'{site.path}/bias'] = bias + correction.reshape(bias.shape)
     if plan.is_static:
       quant |= _static_scales(row, site, plan, stats, ranges)
@@ -96,6 +101,16 @@ def apply_row(
     rest = {n: jnp.asarray(x).astype(row.dtype) for n, x in rest.items()}
   granularity = 'per_tensor' if row.is_static else 'per_token'
   return assemble(rest, quant, plans, sites, row.dtype, granularity)
+
+
+def _bias(params: dict[str, np.ndarray], path: str) -> np.ndarray:
+  name = f'{path}/bias'
+  if name not in params:
+    raise QuantError(
+      f'{path} has no bias that bias_correction could change; fold the norm '
+      'behind it into it, or leave bias_correction out of the row'
+    )
+  return params[name]
 
 
 def _float_row(row: Row, params, sites) -> Packed:
@@ -140,7 +155,19 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
     if isinstance(packed, qtensor.QTensor)
     else packed
   )
-  return packed, np.asarray(mean @ (w - near))
+  return packed, np.asarray(mean_output(mean, w - near))
+
+
+def mean_output(mean, w):
+  """Returns what a kernel makes of the mean of its inputs, [o].
+
+  Args:
+    mean: By row [i], or of each group [g, i].
+    w: Kernel [i, o].
+  """
+  mean = jnp.atleast_2d(jnp.asarray(mean))
+  parts = w.reshape(len(w), len(mean), -1)
+  return jnp.einsum('gi,igo->go', mean, parts, precision='highest').ravel()
 
 
 def round_kernel(row: Row, w, hessian, bits: int):
@@ -149,13 +176,20 @@ def round_kernel(row: Row, w, hessian, bits: int):
   Args:
     row: Its solvers and its group.
     w: Kernel [i, o].
-    hessian: X^T X of its inputs [i, i], where the row needs one.
+    hessian: X^T X of its inputs, [i, i] or of each group of a convolution
+      [g, i, i], where the row needs one.
     bits: Of a code.
   """
-  if row.rounding:
-    scale = qtensor.group_scales(w, bits, group=row.group)
+  if row.rounding or row.has_one_scale:
+    search = not row.is_plain
+    scale = qtensor.group_scales(
+      w, bits, group=row.group, search=search, one=row.has_one_scale
+    )
     full = qtensor.spread_scales(scale, w.shape[0], row.group)
-    codes = SOLVERS[row.rounding].rounds(w, hessian, full, bits=bits)
+    if row.rounding:
+      codes = _by_groups(SOLVERS[row.rounding].rounds, w, hessian, full, bits)
+    else:
+      codes = numerics.to_codes(w, full, 0 * full, bits, symmetric=True)
     if bits > MAX_PACKED_BITS:
       return codes * full
     return qtensor.from_codes(codes, scale, bits, group=row.group)
@@ -164,6 +198,18 @@ def round_kernel(row: Row, w, hessian, bits: int):
     zero = jnp.zeros_like(scale)
     return numerics.round_to_grid(w, scale, zero, bits, symmetric=True)
   return qtensor.quantize(w, bits, group=row.group, search=not row.is_plain)
+
+
+def _by_groups(rounds, w, hessian, scale, bits: int):
+  """Returns codes by a solver, of each group of a convolution by itself."""
+  if hessian.ndim == 2:
+    return rounds(w, hessian, scale, bits=bits)
+  size = len(w)
+  cut = lambda x: x.reshape(size, len(hessian), -1).swapaxes(0, 1)
+  codes = jax.vmap(functools.partial(rounds, bits=bits))(
+    cut(w), hessian, cut(scale)
+  )  # [g, i, o / g]
+  return codes.swapaxes(0, 1).reshape(w.shape)
 
 
 def _static_scales(row: Row, site: Site, plan: SitePlan, stats, ranges: str):

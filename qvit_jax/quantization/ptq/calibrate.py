@@ -6,7 +6,8 @@ first, then histograms over the ranges.
 
 Statistics of an operand are kept for the whole tensor, or for each row of the
 product (`per_position`): one scale may stand for every token position, head or
-value channel, because the product does not sum over these.
+value channel, because the product does not sum over these. In a convolution it
+sums over all of them.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvit_jax import tree
+from qvit_jax.arithmetic.products import shared_axes
 from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops, Site
 from qvit_jax.quantization.finite import check_finite
+from qvit_jax.quantization.ptq.inputs import squares, sum_rows
 
 SCALES = ('per_tensor', 'per_position')
 _BINS = {'per_tensor': 2048, 'per_position': 512}
@@ -36,7 +39,7 @@ class OperandStats:
   """What was seen of one operand.
 
   Every array has the shape of the operand's static scale: () per tensor; else
-  the operand's own with 1 for the batch and the contracted axis.
+  the operand's own with 1 for the batch and the axes summed over.
 
   Attributes:
     low: Smallest value.
@@ -61,10 +64,11 @@ class SiteStats:
   Attributes:
     lhs: The left operand (a layer's input).
     rhs: The right operand of an attention product, else None.
-    mean: Of a layer's inputs, by input channel [i], or None.
-    channel_low: Smallest value of each input channel [i] of a layer, or None.
+    mean: Of a layer's inputs, by row of its kernel [i], or of each group of a
+      convolution [g, i]; or None.
+    channel_low: Smallest value of each input channel [c] of a layer, or None.
     channel_high: Largest value, the same.
-    hessian: X^T X of a layer's inputs [i, i], or None.
+    hessian: X^T X of a layer's inputs [i, i], of each group [g, i, i]; or None.
   """
 
   lhs: OperandStats
@@ -75,16 +79,16 @@ class SiteStats:
   hessian: np.ndarray | None = None
 
 
-def _operands(site: Site, lhs, rhs, dims) -> dict[str, tuple[Any, int]]:
-  """Returns {side: (values, contracted axis)}; kernels are no operands."""
-  if site.is_layer:
-    return {'lhs': (lhs, lhs.ndim - 1)}
-  ((left,), (right,)), _ = dims
-  return {'lhs': (lhs, left), 'rhs': (rhs, right)}
+def _operands(site: Site, lhs, rhs, dims) -> dict[str, tuple[Any, Any]]:
+  """Returns {side: (values, axes summed over)}; kernels are no operands."""
+  found = {'lhs': (lhs, shared_axes(dims, 0))}
+  if not site.is_layer:
+    found['rhs'] = rhs, shared_axes(dims, 1)
+  return found
 
 
-def _axes(x, contracted: int, scales: str) -> tuple[int, ...] | None:
-  return None if scales == 'per_tensor' else (0, contracted)
+def _axes(summed: tuple[int, ...], scales: str) -> tuple[int, ...] | None:
+  return None if scales == 'per_tensor' else (0, *summed)
 
 
 def _keep(module, name: str, start, update) -> None:
@@ -94,8 +98,8 @@ def _keep(module, name: str, start, update) -> None:
 
 def _first_tap(scales: str, hessians: bool):
   def tap(module, site, lhs, rhs, dims):
-    for side, (x, contracted) in _operands(site, lhs, rhs, dims).items():
-      axes = _axes(x, contracted, scales)
+    for side, (x, summed) in _operands(site, lhs, rhs, dims).items():
+      axes = _axes(summed, scales)
       keep = {} if axes is None else {'keepdims': True}
       x = x.astype(jnp.float32)
       for name, value, reduce, start in (
@@ -114,17 +118,15 @@ def _first_tap(scales: str, hessians: bool):
           ),
         )  # fmt: skip
     if site.is_layer:
-      _add_inputs(module, lhs, hessians)
+      _add_inputs(module, lhs, dims, hessians)
 
   return tap
 
 
-def _add_inputs(module, lhs, hessians: bool) -> None:
-  """Adds a layer's inputs to what is known of its input channels."""
+def _add_inputs(module, lhs, dims, hessians: bool) -> None:
+  """Adds a layer's inputs to what is known of them."""
   x = lhs.reshape(-1, lhs.shape[-1]).astype(jnp.float32)
   zeros = jnp.zeros(x.shape[1])
-  _keep(module, 'sum', zeros, lambda old: old + x.sum(axis=0))
-  _keep(module, 'count', jnp.zeros(()), lambda old: old + x.shape[0])
   _keep(
     module, 'channel_low', zeros + jnp.inf,
     lambda old: jnp.minimum(old, x.min(axis=0)),
@@ -133,10 +135,14 @@ def _add_inputs(module, lhs, hessians: bool) -> None:
     module, 'channel_high', zeros - jnp.inf,
     lambda old: jnp.maximum(old, x.max(axis=0)),
   )  # fmt: skip
+  add = lambda name, value: _keep(
+    module, name, jnp.zeros_like(value), lambda old: old + value
+  )
+  total, count = sum_rows(lhs.astype(jnp.float32), dims)
+  add('sum', total)
+  add('count', jnp.asarray(count, jnp.float32))
   if hessians:
-    start = jnp.zeros((x.shape[1], x.shape[1]))
-    square = lambda x: jnp.matmul(x.T, x, precision='highest')
-    _keep(module, 'hessian', start, lambda old: old + square(x))
+    add('hessian', squares(lhs.astype(jnp.float32), dims))
 
 
 def _stride(shape: tuple[int, ...]) -> int:

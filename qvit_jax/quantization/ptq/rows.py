@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qvit_jax.errors import ConfigError, QuantError
-from qvit_jax.ops import Site, Stream
+from qvit_jax.errors import ConfigError
 from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import QuantSpec
 
@@ -79,6 +78,11 @@ class Row:
     return self.is_static or self.needs_hessians or self.reads_means
 
   @property
+  def has_one_scale(self) -> bool:
+    """Whether one scale is for a whole kernel, not for an output channel."""
+    return 'per_tensor' in self.solvers
+
+  @property
   def softmax(self) -> str:
     """Which codes attention weights get: 'uniform', 'log2' or 'twin'."""
     return ''.join(SOLVERS[s].softmax for s in self.solvers) or 'uniform'
@@ -106,11 +110,16 @@ class Row:
     return ', '.join(parts)
 
 
-def parse_row(text: str) -> Row:
+def parse_row(text: str, *, has_stream: bool = True) -> Row:
   """Returns the row that a name of `ptq.rows` stands for.
 
   `w4a4+gptq` replaces the solvers that a row has by default; `w4a4+plain` has
   none and scales that cover the largest weight.
+
+  Args:
+    text: Its name.
+    has_stream: Whether the model has a residual stream; which solvers a row has
+      by default depends on it.
 
   Raises:
     ConfigError: An unknown row or solver; the nearest is named.
@@ -118,7 +127,8 @@ def parse_row(text: str) -> Row:
   base, *asked = text.split('+')
   row = _base(base, text)
   if not asked:
-    return dataclasses.replace(row, name=text)
+    solvers = row.solvers if has_stream else _without_stream(row.solvers)
+    return dataclasses.replace(row, name=text, solvers=solvers)
   if asked == ['plain']:
     return dataclasses.replace(row, name=text, solvers=(), is_plain=True)
   for solver in asked:
@@ -150,6 +160,8 @@ def _check_solvers(row: Row, asked: set[str], text: str) -> None:
      'dynamic scales'),
     (len(roundings) > 1,
      f'rounds kernels twice; leave {" or ".join(roundings)} out'),
+    (row.group and 'per_tensor' in asked,
+     'has scales of groups; leave per_tensor out'),
     (len(softmax) > 1, 'has two kinds of softmax codes; leave one out'),
     (softmax and not products,
      'leaves attention products in float; leave the softmax codes out'),
@@ -172,6 +184,13 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
   if min(weights, acts) >= 8:
     return ()
   return ('rotate', 'hadamard', 'gptq') if acts <= 5 else ('rotate', 'gptq')
+
+
+def _without_stream(solvers: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the best composition measured where no channels can be turned."""
+  if not solvers:
+    return ()
+  return (*(s for s in solvers if s not in STREAM_SOLVERS), 'bias_correction')
 
 
 def _weights_only(name: str, bits: int, **more: Any) -> Row:
@@ -229,45 +248,3 @@ def _base(base: str, text: str) -> Row:
     f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
     f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
   )
-
-
-def check_stream(rows: Sequence[Row], stream: Stream | None) -> None:
-  """Refuses rows that turn or scale a residual stream where there is none.
-
-  Raises:
-    ConfigError: Such a row; another without these solvers is named.
-  """
-  for row in () if stream else rows:
-    wrong = [s for s in row.solvers if s in STREAM_SOLVERS]
-    if wrong:
-      rest = [s for s in row.solvers if s not in STREAM_SOLVERS] or ['plain']
-      raise ConfigError(
-        f'ptq.rows: {row.name!r} uses {" and ".join(wrong)}, which need a '
-        'residual stream; this model has none. Write '
-        f'{"+".join([row.name.split("+")[0], *rest])!r}'
-      )
-
-
-def check_groups(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
-  """Returns a line for each row whose groups do not divide some layer.
-
-  Raises:
-    QuantError: A layer has fewer inputs than a group.
-  """
-  layers = {s.path: s.rhs_shape[0] for s in sites if s.is_layer}
-  lines = []
-  for row in rows:
-    for path, size in layers.items():
-      if size < row.group:
-        raise QuantError(
-          f'row {row.name!r} shares scales among {row.group} inputs, but '
-          f'{path} has only {size}; take smaller groups or int4_weight_only'
-        )
-    cut = [n for n, size in layers.items() if row.group and size % row.group]
-    if cut:
-      lines.append(
-        f'{row.name}: groups of {row.group} do not divide the inputs of '
-        f'{", ".join(cut[:3])}{" ..." if len(cut) > 3 else ""}; the last group '
-        'there is shorter'
-      )
-  return lines

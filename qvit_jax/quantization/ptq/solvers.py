@@ -17,9 +17,12 @@ def _of(file: str) -> Solver:
 
 SOLVERS: dict[str, Solver] = {
   'rotate': _of('rotate'),
+  'equalize': _of('equalize'),
+  'absorb': _of('absorb'),
   'smooth_quant': _of('smooth_quant'),
   'reparametrize': _of('reparametrize'),
   'hadamard': Solver(needs_stream=True, needs_acts=True),  # `plans.plan_sites`
+  'per_tensor': Solver(),  # `apply.round_kernel`
   'gptq': _of('gptq'),
   'adaround': _of('adaround'),
   'log2_softmax': Solver(softmax='log2'),

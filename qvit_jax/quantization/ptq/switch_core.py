@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax import tree
-from qvit_jax.arithmetic.products import multiply
+from qvit_jax.arithmetic.products import multiply, shared_axes
 from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
 
@@ -62,7 +62,6 @@ class SwitchCore:
     if self.bits is None:
       return multiply(lhs, rhs, dims)
     on = module.variable('switch', 'on', lambda: jnp.asarray(False)).value
-    (left, right), _ = dims
 
     def rounded(x, axes):
       # A branch, not a select: sites that are off cost nothing.
@@ -70,7 +69,7 @@ class SwitchCore:
         on, lambda x: _fake_quantize(x, self.bits, axes), lambda x: x, x
       )
 
-    lhs = rounded(lhs, left)
+    lhs = rounded(lhs, shared_axes(dims, 0))
     if not site.is_layer:
-      rhs = rounded(rhs, right)
+      rhs = rounded(rhs, shared_axes(dims, 1))
     return multiply(lhs, rhs, dims)
