@@ -37,10 +37,19 @@ def packed_of(model, variables, config):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize('recipe', ['aqt', 'lsq', 'statsq'])
 @pytest.mark.parametrize(
-  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
-)
+  ('recipe', 'dtype'),
+  [
+    ('aqt', 'float32'),
+    *(
+      pytest.param(recipe, dtype, marks=pytest.mark.slow)
+      for recipe, dtype in (
+        ('aqt', 'bfloat16'), ('lsq', 'float32'), ('lsq', 'bfloat16'),
+        ('statsq', 'float32'), ('statsq', 'bfloat16'),
+      )
+    ),
+  ],
+)  # fmt: skip
 def test_the_packed_model_computes_the_bits_of_evaluation(
   recipe, dtype, monkeypatch, tmp_path
 ):
@@ -67,7 +76,7 @@ def test_the_packed_model_computes_the_bits_of_evaluation(
 
 
 def test_a_bias_before_a_norm_is_added_before_its_gain():
-  config = quantized(vgg_config(), 'lsq', 'w8a8')
+  config = quantized(vgg_config(), 'aqt', 'w8a8')
   images = np.random.default_rng(1).normal(size=(4, 32, 32, 3))
   images = images.astype(np.float32)
   model, variables = trained_like(config, images)
@@ -81,6 +90,7 @@ def test_a_bias_before_a_norm_is_added_before_its_gain():
   np.testing.assert_array_equal(here, there)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_packed_model_without_norms():
   config = quantized(vgg_config(), 'lsq', 'w8a8')
   images = np.random.default_rng(1).normal(size=(4, 32, 32, 3))
