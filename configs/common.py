@@ -197,6 +197,16 @@ data
     Of the RGB channels in 0..1; > 0.
   data.resize = 'bicubic'
     'bicubic' | 'bilinear', both with antialias
+  data.crop = 0.0
+    Train on windows of random size and place, resized to the model: the
+    smallest share of the area of the image, e.g. 0.08; the aspect is 3/4 to
+    4/3; 0 = off.
+  data.jitter = 0.0
+    Change brightness, contrast and saturation in a random order, each by a
+    factor from 1 - jitter to 1 + jitter; [0, 1], 0 = off.
+  data.randaugment = ()
+    RandAugment: (operations an image, magnitude of 0 to 30), e.g. (2, 9); () =
+    off.
   data.pad = 0
     Pixels: pad by this many, crop at random; >= 0.
   data.flip = False

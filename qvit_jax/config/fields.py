@@ -87,6 +87,18 @@ def channels(*, positive: bool) -> Check:
   return holds, f'three {"positive " if positive else ""}numbers'
 
 
+def randaugment() -> Check:
+  """Allows (whole number of operations, magnitude), or an empty tuple."""
+
+  def holds(v):
+    if v == ():
+      return True
+    count, magnitude = v if len(v) == 2 else (0, 0)
+    return type(count) is int and 1 <= count <= 14 and 0 <= magnitude <= 30
+
+  return holds, '() or two numbers: 1 to 14 operations, a magnitude of 0 to 30'
+
+
 def strings() -> Check:
   """Allows a tuple of texts, at least one."""
   return (

@@ -7,7 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qvit_jax.data import batches, digits, folder_source, listing, preprocess
+from qvit_jax.data import (
+  augment,
+  batches,
+  digits,
+  folder_source,
+  listing,
+  preprocess,
+)
+from qvit_jax.data.augment_host import HostAugment
 from qvit_jax.data.decode import BadFiles, printable, read_image
 from qvit_jax.errors import ConfigError, DataError
 
@@ -135,7 +143,7 @@ def _open_tfds(config, training: bool) -> Data:
         tfds_source.load(*evaluation, limit=limit), identify,
     )  # fmt: skip
 
-  def streamed(records, image, label, limit=0):
+  def streamed(records, image, label, limit=0, host=None):
     return batches.StreamedSplit(
       records,
       lambda record: (tfds_source.as_rgb(record[image]), int(record[label])),
@@ -144,9 +152,10 @@ def _open_tfds(config, training: bool) -> Data:
       workers=data.workers,
       limit=limit,
       resize=data.resize,
+      augment=host,
     )
 
-  train = streamed(*train) if training else None
+  train = streamed(*train, host=_augment(config)) if training else None
   evaluation = streamed(*evaluation, limit=limit)
   return Data(
       train, evaluation, names, _describe(data.name, train, evaluation),
@@ -179,8 +188,10 @@ def _open_folder(config, training: bool) -> Data:
   if shared:
     notes.append(f'{shared:,} of the eval images are trained on too')
   bad_files = BadFiles(data.bad_files)
-  made = [_file_split(config, files, bad_files) for files in parts]
-  train, evaluation = made[0] if training else None, made[-1]
+  train = None
+  if training:
+    train = _file_split(config, parts[0], bad_files, _augment(config))
+  evaluation = _file_split(config, parts[-1], bad_files)
   described = _describe(printable(name), train, evaluation)
   return Data(
       train, evaluation, folder.class_names,
@@ -220,15 +231,33 @@ def open_images(config, class_names: Sequence[str]) -> Data:
   )  # fmt: skip
 
 
-def _file_split(config, files, bad_files: BadFiles) -> batches.StreamedSplit:
+def _augment(config) -> HostAugment | None:
+  """Returns what the host does to streamed training images; None: nothing."""
+  data = config.data
+  if not augment.is_on(data):
+    return None
+  return HostAugment(
+    config.model.image_size, batches.METHODS[data.resize], data.crop,
+    data.jitter, tuple(data.randaugment),
+  )  # fmt: skip
+
+
+def _file_split(
+  config, files, bad_files: BadFiles, host: HostAugment | None = None
+) -> batches.StreamedSplit:
   size, most = config.model.image_size, config.data.max_pixels
+  # The smallest window should not have to be enlarged.
+  wanted = size
+  if host and host.crop:
+    wanted = math.ceil(size / math.sqrt(host.crop))
   return batches.StreamedSplit(
     files,
-    functools.partial(_decode, max_pixels=most, size=size),
+    functools.partial(_decode, max_pixels=most, size=wanted),
     image_size=size,
     num_classes=config.model.num_classes,
     workers=config.data.workers,
     resize=config.data.resize,
+    augment=host,
     bad_files=bad_files,
   )
 

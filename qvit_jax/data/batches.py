@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from qvit_jax.data.augment_host import HostAugment
 from qvit_jax.data.decode import BadFiles, BadImageError, printable
 from qvit_jax.data.order import Order, numbers_of
 from qvit_jax.data.workers import Batch, load
@@ -26,7 +27,7 @@ _TRIES = 32
 # Of fewer images an evaluation is over before worker processes would be up.
 _FEW = 10_000
 # `data.resize` in Pillow, whose methods have antialias.
-_METHODS = {
+METHODS = {
   'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR,
 }  # fmt: skip
 # Of longer images, in shorter sides, only the middle is resized.
@@ -77,9 +78,20 @@ class ResidentSplit:
     return {'image': self.images, 'label': self.labels}
 
   def train_batches(
-    self, *, seed: int, batch: int, rows: slice, first: int, last: int
+    self,
+    *,
+    seed: int,
+    batch: int,
+    rows: slice,
+    first: int,
+    last: int,
+    augmented: bool = False,
   ) -> Iterator[Batch]:
-    """Yields this process' rows of updates `first` .. `last`, both included."""
+    """Yields this process' rows of updates `first` .. `last`, both included.
+
+    Indices are the same whether images are `augmented`, which the step does.
+    """
+    del augmented
     order = Order(seed, self.size)
     for step in range(first, last + 1):
       yield {'index': order(numbers_of(step, batch, rows))}
@@ -109,6 +121,7 @@ class StreamedSplit:
       few images do.
     limit: Only the first so many examples; 0 = all.
     resize: `data.resize`.
+    augment: What training does to images before they reach the step.
     bad_files: Where examples are booked whose `decode` raises BadImageError.
       Training reads the next good one of the list instead, a function of the
       files alone; evaluation masks them.
@@ -121,6 +134,7 @@ class StreamedSplit:
   workers: int
   limit: int = 0
   resize: str = 'bicubic'
+  augment: HostAugment | None = None
   bad_files: BadFiles | None = None
 
   @property
@@ -134,15 +148,29 @@ class StreamedSplit:
     return {}
 
   def train_batches(
-    self, *, seed: int, batch: int, rows: slice, first: int, last: int
+    self,
+    *,
+    seed: int,
+    batch: int,
+    rows: slice,
+    first: int,
+    last: int,
+    augmented: bool = False,
   ) -> Iterator[Batch]:
-    """Yields this process' rows of updates `first` .. `last`, both included."""
+    """Yields this process' rows of updates `first` .. `last`, both included.
+
+    Where `augmented`, images as the step takes them; else as evaluation does.
+    """
     order = Order(seed, self.size)
     share = rows.stop - rows.start
 
     def example(i: int):
       step, row = first + i // share, i % share
-      return self._example(order.at((step - 1) * batch + rows.start + row))
+      number = (step - 1) * batch + rows.start + row
+      index = order.at(number)
+      if not (augmented and self.augment):
+        return self._example(index)
+      return self._example(index, self.augment.draws(seed, number))
 
     for loaded in self._load(example, last - first + 1, share, self.workers):
       self._book(loaded.pop('record'), loaded.pop('skipped'))
@@ -182,8 +210,15 @@ class StreamedSplit:
 
     yield from load(batch, steps=steps, workers=workers)
 
-  def _example(self, index: int) -> dict[str, np.ndarray]:
-    """Returns the example, or the next good one, and how many were skipped."""
+  def _example(
+    self, index: int, draws: tuple[np.ndarray, np.ndarray] | None = None
+  ) -> dict[str, np.ndarray]:
+    """Returns the example, or the next good one, and how many were skipped.
+
+    Args:
+      index: Of the record.
+      draws: Of its augmentation; None = there is none.
+    """
     for skipped in range(_TRIES):
       try:
         image, label = self.decode(self.records[(index + skipped) % self.size])
@@ -196,11 +231,24 @@ class StreamedSplit:
     if not 0 <= label < self.num_classes:
       check_labels(np.asarray([label]), self.num_classes)
     return {
-      'image': fit(image, self.image_size, resize=self.resize),
+      'image': self._fitted(image, draws),
       'label': np.int32(label),
       'record': np.int32(index),
       'skipped': np.int32(skipped),
     }
+
+  def _fitted(
+    self, image: np.ndarray, draws: tuple[np.ndarray, np.ndarray] | None
+  ) -> np.ndarray:
+    """Returns the image at the model's size, augmented by given draws."""
+    if draws is None:
+      return fit(image, self.image_size, resize=self.resize)
+    window, colours = draws
+    if self.augment.crop:
+      image = self.augment.cut(image, window)
+    else:
+      image = fit(image, self.image_size, resize=self.resize)
+    return self.augment.colour(image, colours)
 
   def _book(self, records: np.ndarray, skipped: np.ndarray) -> None:
     """Books bad files in this process: those that decode have no output."""
@@ -231,6 +279,6 @@ def fit(image: np.ndarray, size: int, *, resize: str = 'bicubic') -> np.ndarray:
   h, w = image.shape[:2]
   scale = size / min(h, w)
   shape = max(size, round(w * scale)), max(size, round(h * scale))
-  resized = Image.fromarray(image).resize(shape, _METHODS[resize])
+  resized = Image.fromarray(image).resize(shape, METHODS[resize])
   left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
   return np.asarray(resized.crop((left, top, left + size, top + size)))

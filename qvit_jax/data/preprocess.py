@@ -1,19 +1,24 @@
 """From uint8 pixels to what the model sees, inside the jitted step.
 
-Order: crop and flip at the stored size, resize to the model's size, normalise,
-erase, mix. Every draw is a function of the key alone, so a batch is the same
-on one device and on eight.
+Order: windows of random size at the model's size; colours, padded crop and flip
+at that size or, without windows, at the stored one; resize to the model's size,
+normalise, erase, mix. Every draw is a function of the key alone, so a batch is
+the same on one device and on eight. Windows and colours of streamed images are
+the host's work; see `for_step`.
 
 Source: mixup, Zhang et al. 2017, arXiv:1710.09412; CutMix, Yun et al. 2019,
 arXiv:1905.04899; random erasing, Zhong et al. 2017, arXiv:1708.04896 (area
 2% to 33%, aspect 0.3 to 3.3, filled with normal noise).
 """
 
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
+
+from qvit_jax.data import augment, augment_device
 
 Images = Float[Array, 'b h w 3']
 
@@ -46,6 +51,7 @@ def prepare_train(
   """Returns augmented images of the model's size and target distributions."""
   crop_key, flip_key, erase_key, mix_key = jax.random.split(key, 4)
   targets = jax.nn.one_hot(labels, num_classes)
+  images = _augment(key, images, data, size)
   if data.pad:
     images = _crop(crop_key, images, data.pad)
   if data.flip:
@@ -57,6 +63,37 @@ def prepare_train(
   if data.mixup or data.cutmix:
     x, targets = _mix(mix_key, x, targets, data.mixup, data.cutmix)
   return x, targets
+
+
+def for_step(data: Any, *, is_resident: bool) -> Any:
+  """Returns the section `data` as `prepare_train` is to read it.
+
+  Args:
+    data: The section of a config.
+    is_resident: Whether the training split is; the host has done its part of
+      a streamed one.
+  """
+  fields = data.to_dict()
+  return types.SimpleNamespace(
+    **(fields if is_resident else fields | augment.OFF)
+  )
+
+
+def _augment(key: Array, images: Array, data: Any, size: int) -> Array:
+  """Returns images after windows, jitter and RandAugment, where they are on."""
+  # Keys of their own, so that what was drawn before they came is unchanged.
+  crop_key, jitter_key, operation_key = (
+    jax.random.fold_in(key, i) for i in range(3)
+  )
+  if data.crop:
+    images = augment_device.cut(crop_key, images, size, data.crop, data.resize)
+  if data.jitter:
+    images = augment_device.jitter(jitter_key, images, data.jitter)
+  if data.randaugment:
+    images = augment_device.randaugment(
+      operation_key, images, *data.randaugment
+    )
+  return images
 
 
 def _resize(x: Images, size: int, method: str) -> Array:

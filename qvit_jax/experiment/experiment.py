@@ -386,7 +386,9 @@ class Experiment:
       gather=preprocess.gather,
       prepare=functools.partial(
         preprocess.prepare_train,
-        data=data,
+        data=preprocess.for_step(
+          data, is_resident=bool(self.data.train.source)
+        ),
         size=model.image_size,
         num_classes=model.num_classes,
       ),
@@ -433,13 +435,22 @@ class Experiment:
     )
     return compile_timed(step, state, source, batch, self.given)
 
-  def train_batches(self, first: int, last: int) -> Generator[Any, None, None]:
-    """Yields the placed batches of updates `first` .. `last`."""
+  def train_batches(
+    self, first: int, last: int, *, augmented: bool = True
+  ) -> Generator[Any, None, None]:
+    """Yields the placed batches of updates `first` .. `last`.
+
+    Args:
+      first: Update, counted from 1.
+      last: Update.
+      augmented: False leaves streamed images as evaluation sees them.
+    """
     batch = self.config.train.batch_size
     rows = sharding.local_rows(self.mesh, batch)
     hosts = self.data.train.train_batches(
-      seed=self.config.seed, batch=batch, rows=rows, first=first, last=last
-    )
+      seed=self.config.seed, batch=batch, rows=rows, first=first, last=last,
+      augmented=augmented,
+    )  # fmt: skip
     for host in hosts:
       yield sharding.place_batch(host, self.mesh, batch, rows)
 

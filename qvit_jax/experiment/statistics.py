@@ -92,7 +92,7 @@ def collect(
   source = experiment.replicate(experiment.data.train.source)
   sums = jax.tree.map(jnp.zeros_like, variables[COLLECTION])
   sums = jax.device_put(sums, whole)
-  for batch in experiment.train_batches(1, count):
+  for batch in experiment.train_batches(1, count, augmented=False):
     # One after the other: see `devices.max_in_flight`.
     sums = jax.block_until_ready(add(sums, variables, source, batch))
   flat = {path: x / count for path, x in tree.flatten(sums).items()}

@@ -56,8 +56,8 @@ _TRAINING = ('quant.calibration_path', 'quant.freeze', 'quant.dampen',
 _AUGMENTED = (
   'model.dropout', 'model.attention_dropout', 'model.embedding_dropout',
   'model.head_dropout', 'model.stochastic_depth', 'model.remat', 'data.pad',
-  'data.flip', 'data.erase', 'data.mixup', 'data.cutmix', 'eval.every',
-  'checkpoint.every',
+  'data.flip', 'data.erase', 'data.mixup', 'data.cutmix', 'data.crop',
+  'data.jitter', 'data.randaugment', 'eval.every', 'checkpoint.every',
 )  # fmt: skip
 # Fields that count in --mode=predict alone.
 _PREDICT = ('eval.images', 'eval.top_k')

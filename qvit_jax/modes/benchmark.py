@@ -156,7 +156,7 @@ def time_loader(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
   steps = max(1, -(-_LOADED // batch))
   batches = split.train_batches(
       seed=experiment.config.seed, batch=batch, rows=slice(0, batch),
-      first=1, last=10**6,
+      first=1, last=10**6, augmented=True,
   )  # fmt: skip
   # What workers have ready when their turn comes does not count.
   ready = 2 * max(split.workers, 4)

@@ -13,6 +13,7 @@ from qvit_jax.config.fields import (
   channels,
   number,
   one_of,
+  randaugment,
 )
 
 FIELDS = (
@@ -82,6 +83,22 @@ FIELDS = (
   Field(
     'data.resize', 'bicubic', one_of('bicubic', 'bilinear'),
     "'bicubic' | 'bilinear', both with antialias",
+  ),
+  Field(
+    'data.crop', 0.0, SHARE,
+    'Train on windows of random size and place, resized to the model: the '
+    'smallest share of the area of the image, e.g. 0.08; the aspect is 3/4 to '
+    '4/3; 0 = off.',
+  ),
+  Field(
+    'data.jitter', 0.0, SHARE,
+    'Change brightness, contrast and saturation in a random order, each by a '
+    'factor from 1 - jitter to 1 + jitter; [0, 1], 0 = off.',
+  ),
+  Field(
+    'data.randaugment', (), randaugment(),
+    'RandAugment: (operations an image, magnitude of 0 to 30), e.g. (2, 9); '
+    '() = off.',
   ),
   Field(
     'data.pad', 0, ZERO_UP,
