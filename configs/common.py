@@ -15,9 +15,9 @@ model
   model.name = 'vit'
     The family of models.
   model.size = ''
-    vit: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; ''
-    takes the five numbers below instead. vgg: '11', '13', '16' or '19' layers.
-    mobilenet_v2: a factor of all channels from '0.35' to '1.4'.
+    ViT: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; ''
+    takes the five numbers below instead. VGG: '11', '13', '16' or '19' layers.
+    MobileNetV2: a factor of all channels from '0.35' to '1.4'.
   model.patch = 16
     Side of a patch in pixels; divides image_size.
   model.width = 192
@@ -49,10 +49,10 @@ model
   model.norm_eps = 1e-06
     Epsilon of every LayerNorm; > 0.
   model.channels = 64
-    Of vgg's first stage; others have 2, 4 and 8 times as many, hidden layers of
+    Of VGG's first stage; others have 2, 4 and 8 times as many, hidden layers of
     the classifier 64 times; 64 in the paper.
   model.classifier = 'paper'
-    Of vgg: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | 'linear'
+    Of VGG: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | 'linear'
     (mean of the image, head), for small images.
   model.padding = 'torch'
     Where a stride skips pixels: 'torch' (as many zeros on both sides) | 'same'

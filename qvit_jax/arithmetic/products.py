@@ -6,46 +6,17 @@ order, so that the matrix is the kernel [kh, kw, i, o] with its first three
 axes made one.
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvit_jax.arithmetic.convolutions import convolve
+from qvit_jax.arithmetic.windows import Window
+
 DotDims = tuple[tuple[Any, Any], tuple[Any, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """How a convolution slides over an image.
-
-  Attributes:
-    size: Height and width of the kernel.
-    strides: Of both axes.
-    padding: (before, after) of both axes, in pixels; zeros are put there.
-    groups: Into which channels are cut; each has a kernel of its own.
-  """
-
-  size: tuple[int, int]
-  strides: tuple[int, int] = (1, 1)
-  padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
-  groups: int = 1
-
-  def kernel_shape(self, matrix: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns [kh, kw, i, o] of a kernel matrix."""
-    return (*self.size, matrix[0] // math.prod(self.size), matrix[1])
-
-  def out_size(self, height: int, width: int) -> tuple[int, int]:
-    """Returns height and width of the result."""
-    return tuple(
-      (n + sum(pad) - k) // s + 1
-      for n, k, s, pad in zip(
-        (height, width), self.size, self.strides, self.padding, strict=True
-      )
-    )
 
 
 # What a core is handed: dimension numbers of `lax.dot_general`, or a window
@@ -77,16 +48,8 @@ def raw_product(lhs: Array, rhs: Array, dims: Dims, out_dtype=None) -> Array:
     return jax.lax.dot_general(
       lhs, rhs, dims, precision=precision, preferred_element_type=out_dtype
     )
-  return jax.lax.conv_general_dilated(
-    lhs,
-    rhs.reshape(dims.kernel_shape(rhs.shape)),
-    dims.strides,
-    dims.padding,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=dims.groups,
-    precision=precision,
-    preferred_element_type=out_dtype,
-  )
+  kernel = rhs.reshape(dims.kernel_shape(rhs.shape))
+  return convolve(lhs, kernel, dims, out_dtype, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

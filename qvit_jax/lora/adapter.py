@@ -271,7 +271,8 @@ def resolve(
 
   Raises:
     RuleError: A target matches no layer.
-    ConfigError: The rank is above the smaller dimension of a target.
+    ConfigError: A target is a convolution, or the rank is above its smaller
+      dimension.
   """
   if not section.rank:
     return None
@@ -279,7 +280,10 @@ def resolve(
   # A target that is no name is a regex itself.
   patterns = [(family.targets.get(x, x), x) for x in section.targets]
   named = rules.match(patterns, layers, field='lora.targets')
+  dense = [path for path, site in layers.items() if site.window is None]
   for path in named:
+    if path not in dense:
+      raise ConfigError(_not_dense(section.targets, path, dense))
     shape = layers[path].rhs_shape
     if section.rank > min(shape):
       raise ConfigError(
@@ -290,6 +294,21 @@ def resolve(
     **{f.name: section[f.name] for f in dataclasses.fields(LoraSpec)}
   )
   return Adapter(spec, tuple(named.items()), merges, unpack)
+
+
+def _not_dense(targets: Any, path: str, dense: list[str]) -> str:
+  """Says that a target is a convolution, and what would do."""
+  allowed = (
+    f'the dense layers {", ".join(dense)}; set --config.lora.targets="('
+    f'{dense[0]!r},)"'
+    if dense
+    else 'dense layers, of which this model has none but its head, which is '
+    'trained itself; set --config.lora.rank=0 --config.lora.targets="()"'
+  )
+  return (
+    f'lora.targets={tuple(targets)} takes in the convolution {path}; allowed: '
+    f'{allowed}'
+  )
 
 
 def count_lines(

@@ -94,8 +94,8 @@ def apply_layer(
 
 def max_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b p q c']:
   """Returns the largest of each 2 x 2 pixels; an odd last row is left out."""
+  x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
   b, h, w, c = x.shape
-  x = x[:, : h // 2 * 2, : w // 2 * 2]
   # Two maxima of halves: their gradients are cheaper than those of a window.
   x = x.reshape(b, h // 2, 2, w, c)
   x = jnp.maximum(x[:, :, 0], x[:, :, 1])

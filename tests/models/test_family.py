@@ -111,7 +111,10 @@ def test_an_unknown_kind_of_model_is_refused_with_the_known_ones(
 ):
   config = make_digits_config()
   config.model.name = 'resnet'
-  wanted = r"^model.name='resnet' .* allowed: 'vit' \| 'vgg' \| 'mobilenet_v2'. Set --config.model.name="
+  wanted = (
+    r"^model.name='resnet' .* allowed: 'vit' \| 'vgg' \| 'mobilenet_v2'. Set "
+    '--config.model.name='
+  )
   with pytest.raises(ConfigError, match=wanted):
     modes.run(mode, config, str(tmp_path))
   assert not list(tmp_path.iterdir())

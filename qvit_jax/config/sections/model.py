@@ -24,9 +24,9 @@ FIELDS = (
   ),
   Field(
     'model.size', '', ANY,
-    "vit: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; '' "
-    "takes the five numbers below instead. vgg: '11', '13', '16' or '19' "
-    "layers. mobilenet_v2: a factor of all channels from '0.35' to '1.4'.",
+    "ViT: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; '' "
+    "takes the five numbers below instead. VGG: '11', '13', '16' or '19' "
+    "layers. MobileNetV2: a factor of all channels from '0.35' to '1.4'.",
   ),
   Field(
     'model.patch', 16, ONE_UP,
@@ -97,13 +97,13 @@ FIELDS = (
   ),
   Field(
     'model.channels', 64, ONE_UP,
-    "Of vgg's first stage; others have 2, 4 and 8 times as many, hidden layers "
+    "Of VGG's first stage; others have 2, 4 and 8 times as many, hidden layers "
     'of the classifier 64 times; 64 in the paper.',
     of_family=True,
   ),
   Field(
     'model.classifier', 'paper', one_of('paper', 'linear'),
-    "Of vgg: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | "
+    "Of VGG: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | "
     "'linear' (mean of the image, head), for small images.",
     of_family=True,
   ),
