@@ -16,6 +16,7 @@ from qvit_jax.errors import ConfigError, DataError
 from qvit_jax.evaluation import evaluate as evaluate_lib
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.evaluation.timing import compile_timed
+from qvit_jax.experiment import norms
 from qvit_jax.experiment.model import Model
 from qvit_jax.models import batch_norm
 from qvit_jax.quantization.methods import oscillation
@@ -52,11 +53,6 @@ def schedule_line(config: Any, size: int) -> str:
     f'{optim.name}, lr {optim.lr:g} {optim.schedule} after {warmup} warm-up '
     'steps'
   )
-
-
-def _flag(fields: Mapping[str, Any]) -> str:
-  """Returns fields as one writes them on the command line."""
-  return ' --config.'.join(f'{name}={value}' for name, value in fields.items())
 
 
 class Experiment:
@@ -120,7 +116,7 @@ class Experiment:
     self.schedule = optimizer.make_schedule(
       config, self.total_steps, self.warmup
     )
-    self._check_statistics()
+    norms.check(config, self.mesh, self.model.changing, self.model.held)
     self._trained, _ = split_collections(self.model.shapes, train.trainable)
     self.tx = optimizer.make_optimizer(config, self.schedule, self._trained)
     self._make_state = functools.partial(
@@ -134,26 +130,6 @@ class Experiment:
       self._make_state, self.model.shapes
     )
     self.state_shardings, self.whole = self._shardings(self.state_shapes)
-
-  def _check_statistics(self) -> None:
-    """Raises ConfigError where statistics of norms cannot be had."""
-    train, model = self.config.train, self.model
-    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    images = train.batch_size // (parts * train.accumulate)
-    if model.changing and images < 2:
-      raise ConfigError(
-        f'train.batch_size={train.batch_size} puts {images} image on a device '
-        'at a time (over mesh.data, mesh.fsdp and train.accumulate), of which '
-        'BatchNorm gets no statistics worth the name; set '
-        f'--config.train.batch_size={2 * parts * train.accumulate} or more, or '
-        f'hold them with --config.{_flag(models.statistics(self.config).held)}'
-      )
-    if train.reestimate_batches and not model.changing:
-      why = model.held or 'no norm of the model keeps statistics'
-      raise ConfigError(
-        f'train.reestimate_batches={train.reestimate_batches} would have no '
-        f'effect: {why}; set --config.train.reestimate_batches=0'
-      )
 
   def _shardings(self, shapes: Any) -> tuple[Any, list[str]]:
     rules = models.tensor_rules(self.config)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from qvit_jax import models, tree
 from qvit_jax.config.resolve import with_fields
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import norms
 from qvit_jax.lora import frozen as frozen_lib
 from qvit_jax.models import batch_norm
 from qvit_jax.ops import FloatCore, Ops
@@ -101,33 +102,13 @@ class Model:
 
     Returns:
       Why they are held; '' where they change, or where there are none.
-
-    Raises:
-      ConfigError: They are to be trained by gradients.
     """
-    names = batch_norm.norms(tree.flatten(self.float_shapes))
-    if not names:
-      return ''
-    statistics, model = models.statistics(self.config), self.config.model
-    trainable = self.config.train.trainable
-    if any(n.partition('/')[0] == batch_norm.COLLECTION for n in trainable):
-      raise ConfigError(
-        f'train.trainable={tuple(trainable)} names {batch_norm.COLLECTION}, '
-        'statistics that follow the images and get no gradient; leave them out'
-      )
-    (field, value), = statistics.held.items()
-    if not statistics.changes(model):
-      return f'{field}={value!r}'
-    starts = tuple(f'{name}/' for name in trainable)
-    still = [n for n in names if not f'params/{n}/'.startswith(starts)]
-    if not still:
-      return ''
-    self.config = with_fields(self.config, statistics.held)
-    self._build()
-    return (
-      f'train.trainable leaves {len(still)} of {len(names)} norms as they are, '
-      f'such as {still[0]}'
-    )
+    statistics = models.statistics(self.config)
+    why = norms.why_held(self.config, self.float_shapes)
+    if why and statistics.changes(self.config.model):
+      self.config = with_fields(self.config, statistics.held)
+      self._build()
+    return why
 
   @property
   def changing(self) -> tuple[str, ...]:
@@ -137,15 +118,7 @@ class Model:
 
   def statistics_lines(self) -> list[str]:
     """One line: what becomes of statistics of norms, where there are any."""
-    count = len(batch_norm.norms(tree.flatten(self.float_shapes)))
-    if not count:
-      return []
-    if self.held:
-      return [f'statistics of {count} norms are held: {self.held}']
-    return [
-      f'statistics of {count} norms follow the batches, momentum '
-      f'{batch_norm.MOMENTUM:g}'
-    ]
+    return norms.lines(self.float_shapes, self.held)
 
   @property
   def fitted(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ updates. Where weights swing between two levels that is too few (Nagel et al.
 none at all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import norms
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.models import batch_norm
 from qvit_jax.models.batch_norm import COLLECTION, SEEN
@@ -183,12 +184,8 @@ def measured(
   return derive(experiment, variables, count), [
     'statistics of norms are of nothing they saw (all means are 0, as where '
     f'norms were folded): derived from {count * batch:,} training images, the '
-    f'function stays (to keep them, {_flag(held)})'
+    f'function stays (to keep them, {norms.flags(held)})'
   ]
-
-
-def _flag(fields: Mapping[str, Any]) -> str:
-  return ' '.join(f'--config.{name}={x}' for name, x in fields.items())
 
 
 def derive(

@@ -315,3 +315,32 @@ def test_a_start_without_statistics_derives_them(tmp_path, capsys):
   np.testing.assert_allclose(
     apply(here, images), apply(there, images), rtol=0, atol=1e-5
   )
+
+
+@pytest.mark.slow
+def test_a_run_from_calibration_is_packed_with_its_norms(trained, tmp_path):
+  """Statistics of a table, which saw no norms, start a run that has them."""
+  config = rich_config()
+  config.checkpoint.path = str(trained)
+  config.ptq.update(rows=('int8_static',), rounds=2, calibration_examples=32)
+  modes.run('ptq', config, str(tmp_path / 'ptq'))
+  config = rich_config()
+  config.checkpoint.path = str(trained)
+  config.quant.update(
+    recipe='lsq', default='w4a4',
+    calibration_path=str(tmp_path / 'ptq' / 'calibration'),
+  )  # fmt: skip
+  modes.run('train', config, str(tmp_path / 'lsq'))
+  config.checkpoint.path = config.quant.calibration_path = ''
+  config.export.format = 'packed'
+  modes.run('export', config, str(tmp_path / 'lsq'))
+  parity = json.loads((tmp_path / 'lsq' / 'export' / 'parity.json').read_text())
+  assert parity['largest_difference'] == 0 < parity['largest_logit']
+  config.export.format = 'safetensors'
+  config.quant.recipe = 'ptq'
+  config.checkpoint.path = str(
+    tmp_path / 'lsq' / 'export' / 'model.packed.safetensors'
+  )
+  modes.run('eval', config, str(tmp_path / 'eval'))
+  here, there = baseline(tmp_path / 'eval'), baseline(tmp_path / 'lsq')
+  assert here['loss'] == there['loss'] and here['execution'] == 'integer'
