@@ -40,6 +40,7 @@ class Progress:
     best: All metrics of that evaluation.
     stale: Evaluations since then.
     evaluated_step: Step of the last evaluation.
+    finished_step: Step after which `Parts.finish` was done; 0: not yet.
     teacher: What `Teacher.identity` said; {} without a teacher.
   """
 
@@ -55,6 +56,7 @@ class Progress:
   best: dict[str, Any] | None = None
   stale: int = 0
   evaluated_step: int = 0
+  finished_step: int = 0
   teacher: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -76,8 +78,7 @@ class Parts:
     kept: variables -> what of them a checkpoint holds.
     learned: Paths of what is trained beside parameters.
     finish: What becomes of the state after the last update, before it is
-      evaluated: (state) -> (state, a line about it). It has to give the same
-      where it is done again, as after a signal. None: nothing.
+      evaluated: (state) -> (state, a line about it). None: nothing.
   """
 
   config: Any
@@ -195,13 +196,20 @@ class Trainer:
     evaluate = self._done and (last or self._done % self._eval_every == 0)
     evaluate = evaluate and self.progress.evaluated_step != self._done
     if evaluate and last and self.parts.finish:
-      self._drain()
-      self.state, line = self.parts.finish(self.state)
-      self._console.line(line)
+      self._finish(self.parts.finish)
     is_new_best = evaluate and self._evaluate()
     save = bool(every) and self._done % every == 0 and self._saved != self._done
     if save or is_new_best or (evaluate and (last or not every)):
       self._save()
+
+  def _finish(self, finish: Callable) -> None:
+    """Does what comes after the last update, once."""
+    if self.progress.finished_step == self._done:
+      return  # a signal cut the evaluation short
+    self._drain()
+    self.state, line = finish(self.state)
+    self.progress.finished_step = self._done
+    self._console.line(line)
 
   def _read_tick(self) -> None:
     """Waits for the oldest update in flight and books its numbers."""

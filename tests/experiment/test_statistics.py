@@ -344,3 +344,21 @@ def test_a_run_from_calibration_is_packed_with_its_norms(trained, tmp_path):
   modes.run('eval', config, str(tmp_path / 'eval'))
   here, there = baseline(tmp_path / 'eval'), baseline(tmp_path / 'lsq')
   assert here['loss'] == there['loss'] and here['execution'] == 'integer'
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_evaluation_leaves_what_was_estimated(
+  tmp_path, monkeypatch, capsys
+):
+  config = run_config()
+  config.train.update(steps=1, reestimate_batches=1)
+  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+  modes.run('train', config, str(whole))
+  with monkeypatch.context() as context:
+    stop_after(context, 1)
+    with pytest.raises(Preempted):
+      modes.run('train', config, str(cut))
+  capsys.readouterr()
+  modes.run('train', config, str(cut))
+  assert 'estimated anew' not in capsys.readouterr().out
+  assert end_state(cut) == end_state(whole)
