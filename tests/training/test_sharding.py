@@ -198,10 +198,17 @@ _NORMED = _SCRIPT.replace(
 def test_statistics_of_norms_are_those_of_all_devices(tmp_path):
   from tests.small_cnns import make_sharded_config
 
-  on_eight(tmp_path, {'vgg': {}}, _NORMED)
-  modes.run('train', make_sharded_config({}), str(tmp_path / 'vgg'))
+  fields = {'train.reestimate_batches': 2, 'train.ema_decay': 0.9}
+  on_eight(tmp_path, {'vgg': fields}, _NORMED)
+  modes.run('train', make_sharded_config(fields), str(tmp_path / 'vgg'))
   expected = losses(tmp_path / 'vgg')
   assert len(expected) == 5
   for mesh in MESHES:
     found = losses(tmp_path / f'vgg_{mesh}')
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  there, *here = (
+    json.loads((tmp_path / name / 'results.json').read_text())['baseline']
+    for name in ('vgg', *(f'vgg_{mesh}' for mesh in MESHES))
+  )
+  for row in here:
+    assert row['loss'] == pytest.approx(there['loss'], abs=1e-4)
