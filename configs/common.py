@@ -54,10 +54,11 @@ model
   model.classifier = 'paper'
     Of VGG: 'paper' (mean of 7 x 7 windows, two hidden layers, head) | 'linear'
     (mean of the image, head), for small images.
-  model.padding = 'torch'
+  model.padding = ''
     Where a stride skips pixels: 'torch' (as many zeros on both sides) | 'same'
     (TensorFlow's: as few as the image size allows, the odd one below and on the
-    right). Trained weights know one of them.
+    right). Trained weights know one of them; '' = 'torch', and an error where
+    weights do not say that they mean it.
   model.batch_norm = 'train'
     BatchNorm behind convolutions: 'train' (training normalises by the batch and
     averages its statistics) | 'held' (training too normalises by the averages,

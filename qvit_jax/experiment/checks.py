@@ -6,7 +6,7 @@ from typing import Any
 
 from qvit_jax import models, tree, weights
 from qvit_jax.config import resolve as config_lib
-from qvit_jax.errors import CheckpointError, ConfigError
+from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model
 from qvit_jax.quantization import METHODS
@@ -147,6 +147,7 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
     WeightsError: The model would be another one.
   """
   facts, notes = report.facts, report.compare(models.architecture(config))
+  _check_padding(report, config)
   for name in ('mean', 'std'):
     there, here = facts.get(name), list(config.data[name])
     if there is not None and there != here:
@@ -155,6 +156,28 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
   if there is not None and there != here:
     notes.append(f'images were resized by {there} there, {here} here')
   return notes
+
+
+def _check_padding(report: weights.Report, config: Any) -> None:
+  """Raises WeightsError unless it is known that a model pads as its weights.
+
+  No tensor shows it, and with other zeros around images it is another model.
+  """
+  if 'model.padding' not in models.family(config).reads:
+    return
+  there, here = report.facts.get('padding'), config.model.padding
+  if there is None and not here:
+    raise WeightsError(
+      f'weights {report.source} do not say how their model pads images, which '
+      'no tensor shows; set --config.model.padding=torch if they were trained '
+      'by PyTorch, or --config.model.padding=same if by TensorFlow'
+    )
+  here = models.architecture(config)['padding']
+  if there not in (None, here):
+    raise WeightsError(
+      f'weights {report.source} are of a model with padding {there!r}, but '
+      f'model.padding={here!r}; set --config.model.padding={there}'
+    )
 
 
 def check_base(experiment: Experiment, run: runs.Run) -> None:

@@ -279,7 +279,7 @@ def _imported_weights(
   local, pinned = weights.resolve(experiment.config.weights.path)
   experiment.pin({'weights.path': pinned})
   config = experiment.config
-  shapes = experiment.model.float_shapes['params']
+  shapes = experiment.model.float_shapes
   taken, report = weights.read_weights(local, shapes)
   report.notes += checks.compare_facts(report, config)
   foreign.put_classes_in_order(
@@ -287,7 +287,7 @@ def _imported_weights(
   )
   if jax.process_index() == 0:
     files.write_json(workdir / 'weights.json', report.to_json())
-  imported = {f'params/{name}': values for name, values in taken.items()}
+  imported = {weights.full_path(name): x for name, x in taken.items()}
   return imported, report.lines()
 
 

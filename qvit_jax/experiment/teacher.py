@@ -360,7 +360,7 @@ def _of_weights(student: Experiment, path: str):
   if config.train.teacher_size:
     fields['model.size'] = config.train.teacher_size
   own = _own_experiment(student, fields)
-  taken, report = weights.read_weights(local, own.model.shapes['params'])
+  taken, report = weights.read_weights(local, own.model.shapes)
   report.notes += checks.compare_facts(report, own.config)
   foreign.put_classes_in_order(
     taken, report, config, student.data.class_names,
@@ -373,6 +373,6 @@ def _of_weights(student: Experiment, path: str):
       f'{next(iter(report.reinitialised.values()))}; give a teacher with the '
       "student's classes"
     )
-  imported = {f'params/{name}': values for name, values in taken.items()}
+  imported = {weights.full_path(name): x for name, x in taken.items()}
   variables = own.fresh_variables(jax.random.key(config.seed), imported)
   return own, variables, calibration.digest(taken), report.lines()

@@ -197,9 +197,10 @@ def architecture(model) -> dict[str, Any]:
   """Returns what decides arrays and function; see `Family`."""
   return {
       name: model[name]
-      for name in ('name', 'image_size', 'num_classes', 'padding')
+      for name in ('name', 'image_size', 'num_classes')
   } | {
-      'width': width_of(model), 'batch_norm': model.batch_norm != 'none'
+      'padding': model.padding or 'torch', 'width': width_of(model),
+      'batch_norm': model.batch_norm != 'none',
   }  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def title(model) -> str:
   text = f'{width_of(model):g}'
   if model.batch_norm != 'none':
     text += ' with BatchNorm'
-  return f'{text}, padding {model.padding}'
+  return f'{text}, padding {model.padding or "torch"}'
 
 
 def pairs(model) -> tuple[Pair, ...]:
@@ -244,11 +245,13 @@ def from_config(model, ops: Ops) -> MobileNetV2:
   same = {
     field.name: model[field.name]
     for field in dataclasses.fields(Options)
-    if field.name not in ('width', 'dtype')
+    if field.name not in ('width', 'padding', 'dtype')
   }
-  return MobileNetV2(
-    Options(width_of(model), **same, dtype=jnp.dtype(model.dtype)), ops
-  )
+  options = Options(
+    width_of(model), **same, padding=model.padding or 'torch',
+    dtype=jnp.dtype(model.dtype),
+  )  # fmt: skip
+  return MobileNetV2(options, ops)
 
 
 FAMILY = Family(

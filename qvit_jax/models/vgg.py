@@ -36,7 +36,7 @@ SIZES = {
 # Channels of each stage and of the classifier, in those of the first stage.
 _WIDTHS = (1, 2, 4, 8, 8)
 _HIDDEN = 64
-_WINDOWS = 7  # that the classifier of the paper sees, along each axis
+WINDOWS = 7  # that the classifier of the paper sees, along each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class VGG(nn.Module):
   def _classify(self, x, train: bool):
     o = self.o
     if o.classifier == 'paper':
-      x = adaptive_mean(x, _WINDOWS)
+      x = adaptive_mean(x, WINDOWS)
       x = x.reshape(x.shape[0], -1)  # [b, 7 * 7 * c], channels fastest
       for name in ('fc1', 'fc2'):
         dense = SiteDense(
@@ -149,7 +149,7 @@ def pairs(model) -> tuple[Pair, ...]:
   is_paper = model.classifier == 'paper'
   layers += ['fc1', 'fc2', 'head'] if is_paper else ['head']
   # Windows of the mean of one pixel each leave the image as it is.
-  has_mean = not is_paper or model.image_size != _WINDOWS * 2 ** len(_WIDTHS)
+  has_mean = not is_paper or model.image_size != WINDOWS * 2 ** len(_WIDTHS)
   return tuple(
     Pair(first, second, has_mean=first == last and has_mean)
     for first, second in zip(layers, layers[1:], strict=False)

@@ -34,34 +34,38 @@ def write_weights(
       'something else; --config.export.format=packed keeps all'
     )
   pool, shape = config.model.pool, models.architecture(config)
-  tensors = weights.translate(tree.nest(params), kind.layout, pool)
+  layout = weights.layout_of(kind.layout, params)
+  tensors = weights.translate(tree.nest(params), layout, pool)
   target = place / 'export' / f'model.{kind.format}'
-  tensor_files.save_tensors(tensors, target, form=kind.format)
+  texts = {name: shape[name] for name in ('padding',) if name in shape}
+  tensor_files.save_tensors(
+    tensors, target, form=kind.format, metadata=texts
+  )
   stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
   stale.remove(target.name)
-  if weights.LAYOUTS[kind.layout].transformers:
+  if weights.LAYOUTS[layout].transformers:
     text = weights.hf_config(
-      shape, tensors, kind.layout, class_names=facts.get('class_names', ())
+      shape, tensors, layout, class_names=facts.get('class_names', ())
     )
     files.write_text(target.with_name('config.json'), text)
     stale.remove('config.json')
   else:
-    for line in weights.how_to_build(shape, tensors, kind.layout):
+    for line in weights.how_to_build(shape, tensors, layout):
       say(f'note: {line}')
   for name in stale:  # of an export in another layout or format
     target.with_name(name).unlink(missing_ok=True)
-  again, _ = weights.read_weights(str(target), model.shapes['params'])
+  again, _ = weights.read_weights(str(target), model.shapes)
   same = all(np.array_equal(again[n], params[n]) for n in params)
   largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
   size = target.stat().st_size
   files.write_json(
     target.with_name('parity.json'),
-    {'file': target.name, 'layout': kind.layout, 'tensors': len(tensors),
+    {'file': target.name, 'layout': layout, 'tensors': len(tensors),
      'bytes': size, 'reads_back_equal': same, 'largest_difference': largest},
   )  # fmt: skip
   read = 'bit for bit' if same else f'within {largest:.2g}'
   say(
-    f'{len(tensors)} tensors, {size:,} bytes in {target} ({kind.layout} '
+    f'{len(tensors)} tensors, {size:,} bytes in {target} ({layout} '
     f'layout); reads back {read}'
   )
 
@@ -78,7 +82,7 @@ def _read(
       f'{place} holds no checkpoint to export; train there first, or set '
       '--config.checkpoint.path= or --config.weights.path='
     )
-  params, report = weights.read_weights(path, model.shapes['params'])
+  params, report = weights.read_weights(path, model.shapes)
   if report.reinitialised:
     raise ExportError(
       f'{path} brings no {", ".join(report.reinitialised)}: '

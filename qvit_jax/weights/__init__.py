@@ -3,18 +3,21 @@
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.facts import is_reordered, one_form, order_of
 from qvit_jax.weights.hub import HubUnreachableError
+from qvit_jax.weights.layout import full_path
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.load import load_weights, read_weights, resolve
 from qvit_jax.weights.report import Report
 from qvit_jax.weights.save import (
   hf_config,
   how_to_build,
+  layout_of,
   timm_arguments,
   translate,
 )
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'hf_config', 'how_to_build',
-    'is_reordered', 'load_weights', 'one_form', 'open_source', 'order_of',
-    'read_weights', 'resolve', 'timm_arguments', 'translate',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'full_path', 'hf_config',
+    'how_to_build', 'is_reordered', 'layout_of', 'load_weights', 'one_form',
+    'open_source', 'order_of', 'read_weights', 'resolve', 'timm_arguments',
+    'translate',
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
 from qvit_jax.weights import positions
 from qvit_jax.weights.keymap import KINDS, Names, collapse
-from qvit_jax.weights.layouts import Row
+from qvit_jax.weights.layout import Row
 from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
 
@@ -20,6 +20,15 @@ _FIELDS = {
     'scale1': 'model.layer_scale', 'scale2': 'model.layer_scale',
     'query_norm': 'model.qk_norm', 'key_norm': 'model.qk_norm',
 }  # fmt: skip
+# The same where many layers come and go together: regex of their paths.
+_NORM = re.compile(
+  r'(^|/)(norm\d_\d|(stem|expand|depthwise|project|last)_norm)/'
+)
+_GROUPS = {
+    r'^fc\d/': 'model.classifier',
+    r'^conv\d_\d/|^block_': 'model.size',
+}  # fmt: skip
+_MOST_SHAPES = 20  # lines of shapes that differ
 
 
 class Comparison:
@@ -42,13 +51,14 @@ class Comparison:
     self.names = names
     self.report = Report(
       source.title,
-      names.layout.title if names else 'our own',
+      names.title if names else 'our own',
       notes=list(source.notes),
       facts=source.facts,
     )
     if names:
       self.ours = names.ours
-      source.facts.setdefault('norm_eps', names.layout.norm_eps)
+      if names.layout.norm_eps is not None:
+        source.facts.setdefault('norm_eps', names.layout.norm_eps)
       bias = names.ours.get('encoder/block_00/attn/query/bias')
       if bias and bias[0].kind == 'same':  # its axes are ours: heads, channels
         shape = source.entries[bias[1]].shape
@@ -93,10 +103,14 @@ class Comparison:
 
   def _compare_structure(self) -> None:
     """Depth and width in one line each, before a hundred that follow."""
-    depth = len({p.split('/')[1] for p in self.wanted if 'block_' in p})
-    there = len({p.split('/')[1] for p in self.ours if 'block_' in p})
+    there, depth = (
+      len({found[0] for p in paths if (found := re.search(r'block_\d+', p))})
+      for paths in (self.ours, self.wanted)
+    )
     if there != depth:
       self.problems.append(f'the depth is {there} there, {depth} here')
+    if 'pos_embed' not in self.wanted:
+      return
     there = self.shape('cls') or self.shape('pos_embed') or ()
     here = self.wanted['pos_embed'].shape[-1]
     if len(there) == 3 and there[-1] != here:
@@ -127,7 +141,7 @@ class Comparison:
   def _compare_head(self) -> None:
     """A head of other classes, or none, starts fresh."""
     kernel, bias = 'head/kernel', 'head/bias'
-    reason = ''
+    reason = self._drop_hidden()
     there, here = self._head_classes(), self.wanted[bias].shape[0]
     if kernel not in self.ours and bias not in self.ours:
       reason = 'the file has none'
@@ -136,7 +150,7 @@ class Comparison:
       for name in (kernel, bias):
         if name in self.ours:
           self._note_shapes(name)
-    elif self.names and self.names.pre_logits:
+    elif not reason and self.names and self.names.pre_logits:
       reason = 'it follows a pre-logits layer, which the model does not have'
     if reason:
       for name in (kernel, bias):
@@ -144,6 +158,20 @@ class Comparison:
         self.report.zeros.pop(name, None)
         if name in self.ours:
           self.report.unused.append(self.ours.pop(name)[1])
+
+  def _drop_hidden(self) -> str:
+    """Leaves behind hidden layers before the head that the model has not.
+
+    Returns:
+      Why the head is of no use then; '' where there are none.
+    """
+    hidden = [name for name in self.ours if re.match(r'fc\d/', name)]
+    if not hidden or any(re.match(r'fc\d/', name) for name in self.wanted):
+      return ''
+    for name in hidden:
+      self.report.unused.append(self.ours.pop(name)[1])
+      self.report.zeros.pop(name, None)
+    return 'it follows hidden layers, which the model does not have'
 
   def _head_classes(self) -> int | None:
     """Returns the classes of the file's head; None where no shape tells."""
@@ -165,9 +193,17 @@ class Comparison:
     known = {*self.ours, *self.report.reinitialised, *self.report.zeros}
     missing = [name for name in self.wanted if name not in known]
     extra = [n for n in self.ours if n not in self.wanted and n != 'cls']
+    both = all(
+      any(_NORM.search(name) for name in names)
+      for names in (self.ours, self.wanted)
+    )
+    missing, lines = _grouped({name: name for name in missing}, both)
+    self.problems += [f'missing {line}' for line in lines]
     self.problems += [
       f'missing {name}{_advice(name)}' for name in collapse(missing)
     ]
+    extra, lines = _grouped({n: self.ours[n][1] for n in extra}, both)
+    self.problems += [f'no place for {line}' for line in lines]
     groups: dict[str, tuple[str, list[str]]] = {}
     for name in extra:
       row, theirs = self.ours[name]
@@ -197,8 +233,14 @@ class Comparison:
       text = f'{list(found)} there, {list(wanted)} wanted'
       if theirs not in lines.setdefault((row.theirs, text), []):
         lines[row.theirs, text].append(theirs)
-    for (_, text), theirs in lines.items():
-      self.problems += [f'{name}: {text}' for name in collapse(theirs)]
+    problems = [
+      f'{name}: {text}'
+      for (_, text), theirs in lines.items()
+      for name in collapse(theirs)
+    ]
+    if len(problems) > _MOST_SHAPES:
+      problems[3:] = [f'{len(problems) - 3} other shapes differ']
+    self.problems += problems
     if 'pos_embed' in self.ours and 'pos_embed' in self.wanted:
       self.find_slots()
       width = self.wanted['pos_embed'].shape[-1]
@@ -277,6 +319,30 @@ def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
   out, channels, height, width = shape
   return (height, width, channels, out) if row.kind == 'conv' else shape
+
+
+def _grouped(
+  names: dict[str, str], both: bool
+) -> tuple[list[str], list[str]]:
+  """Returns paths of no group, and a line for each group of the others.
+
+  Args:
+    names: {our path: what to call it}.
+    both: Whether models there and here have norms with statistics, so that
+      norms are missing with the layers before them.
+  """
+  groups: dict[str, list[str]] = {}
+  for path in names:
+    field = next((f for p, f in _GROUPS.items() if re.search(p, path)), '')
+    if _NORM.search(path):
+      field = 'model.size' if both else 'model.batch_norm'
+    groups.setdefault(field, []).append(path)
+  rest = groups.pop('', [])
+  lines = []
+  for field, paths in groups.items():
+    more = f' and {len(paths) - 1} more' if len(paths) > 1 else ''
+    lines.append(f'{names[paths[0]]}{more} ({field} decides that)')
+  return rest, lines
 
 
 def _advice(ours: str) -> str:

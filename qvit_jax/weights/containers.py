@@ -1,6 +1,7 @@
 """Opens whatever a weights path names: a file or a folder."""
 
 import pathlib
+from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store import tensors
@@ -13,7 +14,7 @@ from qvit_jax.store.entries import (
   refuse,
 )
 from qvit_jax.weights import npz_file, peft, torch_file, zip_file
-from qvit_jax.weights.facts import read_facts, read_json
+from qvit_jax.weights.facts import read_facts, read_json, read_texts
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
@@ -50,8 +51,18 @@ def open_source(path: pathlib.Path) -> Source:
   if path.name in peft.WEIGHTS:
     peft.refuse_adapter(path.parent)
   entries, container, notes = _open_file(path)
-  facts, more = read_facts(path.parent, path)
+  facts, more = _facts(path.parent, path, container)
   return Source(entries, f'{path} ({container})', facts, notes + more)
+
+
+def _facts(
+  folder: pathlib.Path, path: pathlib.Path, container: str
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns what is said in a file and beside it, and notes."""
+  facts, notes = read_facts(folder, path)
+  if container == 'safetensors':
+    facts |= read_texts(tensors.read_metadata(path))
+  return facts, notes
 
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, Entry], str, list[str]]:
@@ -130,7 +141,7 @@ def _open_folder(folder: pathlib.Path) -> Source:
     entries, container, more = _open_shards(path)
   else:
     entries, container, more = _open_file(path)
-  facts, said = read_facts(folder, path)
+  facts, said = _facts(folder, path, container)
   return Source(entries, f'{path} ({container})', facts, notes + more + said)
 
 

@@ -1,6 +1,7 @@
 """What the files beside a file of weights say of the model and its images.
 
-Read are config.json of transformers and of timm and preprocessor_config.json.
+Read are config.json of transformers and of timm, preprocessor_config.json, the
+texts in the header of safetensors and names that a library gives its files.
 What nothing here reads, but what changes predictions, becomes a note.
 """
 
@@ -8,7 +9,7 @@ import math
 import pathlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
@@ -41,6 +42,15 @@ _UNREAD = {
     'do_resize': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
     'do_center_crop': False, 'crop_size': None, 'size': None,
 }  # fmt: skip
+# What stands before a model of timm that came from TensorFlow, which puts fewer
+# zeros around images, and its epsilon of BatchNorm.
+_FROM_TENSORFLOW = re.compile(r'^tf_')
+_BATCH_NORM_EPS = 1e-3
+# Models of timm and files of torchvision that pad as PyTorch.
+_FROM_TORCH = re.compile(
+  r'^mobilenetv2_\d|^mobilenet_v2-[0-9a-f]{8}(?:\.|$)'
+)
+_SCALE = re.compile(r'x ?/ ?(\d+(?:\.\d+)?) ?- ?1(?:\.0)?')
 _RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic')  # as PIL counts
 
 
@@ -62,14 +72,17 @@ def read_facts(
 
   Returns:
     Any of `norm_eps`, `heads`, `image_size` and `patch` (a number, or [height,
-    width] where they differ), `pool` ('token' or 'mean'), `mean`, `std`,
-    `resize`, `class_names`; and lines on what else is said.
+    width] where they differ), `pool` ('token' or 'mean'), `padding`,
+    `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and lines on what
+    else is said.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
   """
   facts: dict[str, Any] = {}
   notes: list[str] = []
+  if _FROM_TORCH.search(path.name):
+    facts['padding'] = 'torch'
   config = _object(folder / 'config.json')
   if config:
     timm = config.get('pretrained_cfg')
@@ -80,6 +93,7 @@ def read_facts(
     for part in (timm, config, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
+    facts |= _padding(config, timm)
     facts |= _images(timm or config, 'mean', 'std', 'interpolation')
     names = {'token': 'token', 'avg': 'mean'}
     pool = made.get('global_pool', config.get('global_pool'))
@@ -97,6 +111,35 @@ def read_facts(
       facts |= {'mean': [0.0] * 3, 'std': [1.0] * 3}
     notes += _unread('preprocessor_config.json', images)
   return facts, [printable(note[:300]) for note in notes]
+
+
+def read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
+  """Returns what the texts in the header of a file say, as `read_facts`.
+
+  Args:
+    texts: Of a safetensors file: `padding` ('same', 'torch', or a sentence that
+      begins with 'TF SAME'), and `scale`, such as 'x/128-1'.
+  """
+  facts: dict[str, Any] = {}
+  padding = texts.get('padding', '').strip().casefold()
+  if padding.startswith(('same', 'tf same')):
+    facts['padding'] = 'same'
+  elif padding.startswith(('torch', 'symmetric')):
+    facts['padding'] = 'torch'
+  if found := _SCALE.fullmatch(texts.get('scale', '').strip()):
+    facts['mean'] = facts['std'] = [float(found[1]) / 255] * 3
+  return facts
+
+
+def _padding(config: dict[str, Any], timm: dict[str, Any]) -> dict[str, Any]:
+  """Returns how timm says that a convolutional model pads."""
+  for part in (config, timm):
+    name = str(part.get('architecture', ''))
+    if _FROM_TENSORFLOW.search(name):
+      return {'padding': 'same', 'batch_norm_eps': _BATCH_NORM_EPS}
+    if _FROM_TORCH.search(name):
+      return {'padding': 'torch'}
+  return {}
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ a time, so that no second copy of the file lies in memory.
 """
 
 import math
+import re
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from qvit_jax.errors import WeightsError
 from qvit_jax.weights import adapt, positions
 from qvit_jax.weights.compare import Comparison
 from qvit_jax.weights.keymap import KINDS, collapse
-from qvit_jax.weights.layouts import Row
+from qvit_jax.weights.layout import EPSILON, Row
 from qvit_jax.weights.report import Report
+
+_VARIANCE = re.compile(r'^batch_stats/.*/var$')
 
 
 class Import(Comparison):
@@ -49,6 +52,7 @@ class Import(Comparison):
         f'weights {self.source.title}: infinite or NaN values in '
         f'{", ".join(collapse(bad))}; give other weights'
       )
+    self._shift_variances(taken)
     if 'pos_embed' in taken:
       taken['pos_embed'] = self._positions(taken['pos_embed'])
     taken.pop('cls', None) if 'cls' not in self.wanted else None
@@ -57,6 +61,27 @@ class Import(Comparison):
     other = {*self.report.adapted, *self.report.zeros}
     self.report.matched += [name for name in taken if name not in other]
     return {name: taken[name] for name in self.wanted if name in taken}
+
+  def _shift_variances(self, taken: dict[str, np.ndarray]) -> None:
+    """Makes variances hold what another epsilon adds to them."""
+    names = [name for name in taken if _VARIANCE.search(name)]
+    bad = [self.ours[name][1] for name in names if (taken[name] < 0).any()]
+    if bad:
+      raise WeightsError(
+        f'weights {self.source.title}: negative variances in '
+        f'{", ".join(collapse(bad[:4]))}; give other weights'
+      )
+    there = self.source.facts.get('batch_norm_eps', EPSILON)
+    if there == EPSILON:
+      return
+    for name in names:
+      taken[name] = (taken[name] + np.float64(there - EPSILON)).astype(
+        np.float32
+      )
+      self._note_adapted(
+        name, f'holds the epsilon of {there:g} there, beyond {EPSILON:g} here',
+        taken[name].shape,
+      )  # fmt: skip
 
   def _convert(self, row: Row, ours: str, values: np.ndarray) -> np.ndarray:
     if row.part is not None:

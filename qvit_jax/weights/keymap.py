@@ -10,7 +10,8 @@ import numpy as np
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.weights.averaged import averaged
-from qvit_jax.weights.layouts import LAYOUTS, KeyMap, Row
+from qvit_jax.weights.layout import WINDOWS, KeyMap, Row
+from qvit_jax.weights.layouts import LAYOUTS
 
 Shape = tuple[int, ...]
 _MOST_STARTS = 8  # models in one file that are looked at
@@ -40,6 +41,23 @@ def _linear(in_dims: int) -> Kind:
   )
 
 
+def _windows(shape: Shape) -> Shape:
+  """Returns [height, width, in, out] of a layer that sees all windows."""
+  return (WINDOWS, WINDOWS, shape[0] // WINDOWS**2, shape[1])
+
+
+def _from_windows(x: np.ndarray, s: Shape) -> np.ndarray:
+  """Returns [out, in, height, width] as our [height * width * in, out]."""
+  out, channels = s[1], s[0] // WINDOWS**2
+  x = x.reshape(out, channels, WINDOWS, WINDOWS)
+  return x.transpose(2, 3, 1, 0).reshape(s)
+
+
+def _to_windows(x: np.ndarray) -> np.ndarray:
+  """Returns our kernel as [out, in, height, width]."""
+  return x.reshape(_windows(x.shape)).transpose(3, 2, 0, 1)
+
+
 KINDS = {
   'same': Kind(lambda s: s, lambda x, s: x.reshape(s), lambda x: x),
   'vector': Kind(
@@ -52,6 +70,22 @@ KINDS = {
     lambda x, s: x.transpose(2, 3, 1, 0),
     lambda x: x.transpose(3, 2, 0, 1),
   ),
+  # A dense layer over windows of an image: channels go first there, last here.
+  'linear_windows': Kind(
+    lambda s: (s[1], s[0]),
+    _from_windows,
+    lambda x: _to_windows(x).reshape(x.shape[1], x.shape[0]),
+  ),
+  'conv_windows': Kind(
+    lambda s: (s[1], s[0] // WINDOWS**2, WINDOWS, WINDOWS),
+    _from_windows,
+    _to_windows,
+  ),
+  'conv_1x1': Kind(
+    lambda s: (s[1], s[0], 1, 1),
+    lambda x, s: x.reshape(x.shape[:2]).T,
+    lambda x: x.T[:, :, None, None],
+  ),
 }
 
 
@@ -59,7 +93,12 @@ class Names:
   """The tensor names of one file, read as one layout."""
 
   def __init__(
-    self, key: str, prefix: str, names: Iterable[str], start: str = ''
+    self,
+    key: str,
+    prefix: str,
+    names: Iterable[str],
+    start: str = '',
+    choice: int = 0,
   ):
     """Sorts the names into those with rows, ignored and unknown ones.
 
@@ -69,8 +108,11 @@ class Names:
       names: Of the whole file.
       start: What whoever saved the file put before the names of the model;
         names that begin otherwise are not the model's.
+      choice: Which of the layout's `choices`.
     """
     self.key, self.layout, self.start = key, LAYOUTS[key], start
+    self.kind, rows = self.layout.choices[choice]
+    self._count = len(rows)
     self.outside: list[str] = []
     self.rows: dict[str, list[tuple[Row, str]]] = {}  # file name -> (row, ours)
     self.ignored: list[str] = []
@@ -78,10 +120,10 @@ class Names:
     self.unknown: list[str] = []
     self.depth = 0
     by_template: dict[str, list[Row]] = {}
-    for row in self.layout.rows:
+    for row in rows:
       name = row.theirs.replace('~', prefix)
       by_template.setdefault(name, []).append(row)
-    block = _block_start(self.layout).replace('~', prefix)
+    block = _block_start(rows).replace('~', prefix)
     numbered = re.compile(re.escape(block) + r'(\d{1,3})(\D.*)')
     for name in names:
       if not name.startswith(start):
@@ -114,15 +156,28 @@ class Names:
     }
 
   @property
+  def title(self) -> str:
+    """What the names are of: the layout, and the kind of model if it says."""
+    title = self.layout.title
+    return title if self.kind == title else f'{title} {self.kind}'
+
+  @property
+  def completeness(self) -> float:
+    """Returns the share of rows that the file has; 0 to 1."""
+    return len(self.ours) / self._count
+
+  @property
   def score(self) -> float:
     """Returns the share of names that the layout explains; 0 to 1."""
     total = sum(map(len, (self.rows, self.ignored, self.pre_logits)))
     return total / max(1, total + len(self.unknown))
 
 
-def _block_start(layout: KeyMap) -> str:
+def _block_start(rows: Iterable[Row]) -> str:
+  """Returns what stands before numbers of blocks; '{i}' where none are."""
   return next(
-    row.theirs.partition('{i}')[0] for row in layout.rows if '{i}' in row.theirs
+    (row.theirs.partition('{i}')[0] for row in rows if '{i}' in row.theirs),
+    '{i}',
   )
 
 
@@ -141,8 +196,8 @@ def recognise(names: list[str]) -> Names | None:
   for start in _starts(names):
     for key, layout in LAYOUTS.items():
       for prefix in layout.prefixes:
-        read = Names(key, prefix, names, start)
-        if 'patch_embed/kernel' not in read.ours or read.score < 0.5:
+        read = _read_as(key, layout, prefix, names, start)
+        if layout.stem not in read.ours or read.score < 0.5:
           continue
         if start not in found or read.score > found[start].score:
           found[start] = read
@@ -164,14 +219,23 @@ def recognise(names: list[str]) -> Names | None:
   return found[chosen]
 
 
+def _read_as(
+  key: str, layout: KeyMap, prefix: str, names: list[str], start: str
+) -> Names:
+  """Returns the names as the layout's kind of model that explains most."""
+  choices = range(len(layout.choices))
+  read = (Names(key, prefix, names, start, choice) for choice in choices)
+  return max(read, key=lambda one: (one.score, one.completeness))
+
+
 def _starts(names: list[str]) -> list[str]:
   """Returns what may stand before the names of a model, the shortest first."""
   stems = {
     row.theirs.replace('~', prefix)
     for layout in LAYOUTS.values()
-    for row in layout.rows
+    for row in layout.all_rows
     for prefix in layout.prefixes
-    if row.ours == 'patch_embed/kernel'
+    if row.ours == layout.stem
   }
   starts = {
     name.removesuffix(stem)
@@ -190,7 +254,7 @@ def nearest(names: list[str]) -> str:
   def likeness(key):
     theirs = {
       row.theirs.replace('~', LAYOUTS[key].prefixes[0]).replace('{i}', '0')
-      for row in LAYOUTS[key].rows
+      for row in LAYOUTS[key].all_rows
     }
     return sum(
       difflib.SequenceMatcher(None, name[:80], best[0]).ratio()

@@ -5,77 +5,10 @@ In names, `{i}` is the block and `~` the prefix that a library puts before its
 backbone.
 """
 
-import dataclasses
-import re
+from qvit_jax.weights.cnn_layouts import CNN_LAYOUTS
+from qvit_jax.weights.layout import KeyMap, Row
 
 BLOCK = 'encoder/block_{i}/'
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One parameter of ours.
-
-  Attributes:
-    ours: Its path in the collection `params`.
-    theirs: Tensor name.
-    kind: Key of `keymap.KINDS`: how the axes go.
-    part: Which third of a fused tensor it is; None where it is the whole.
-  """
-
-  ours: str
-  theirs: str
-  kind: str
-  part: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyMap:
-  """One layout.
-
-  Attributes:
-    title: What it is called in reports.
-    rows: What is where.
-    ignored: Regexes of tensors that play no part in classification.
-    pre_logits: Regex of the tensors of a layer between encoder and head; a
-      head that follows one is of no use without it.
-    prefixes: What `~` may stand for; the first is the one we write.
-    aliases: (regex, replacement) pairs that turn other spellings into this.
-    slots: Which tokens have positions, the likeliest first: 'all', 'class'
-      (class token and patches, not registers) or 'grid' (patches alone).
-    resize: Key of `adapt.RESIZES`: how its own library resizes positions.
-    resize_with_registers: The same for models with registers, if it differs.
-    norm_eps: Epsilon of LayerNorm in its library.
-    pools: What its models can have as `model.pool`.
-    registers: How many `model.registers` they have; None: any number.
-    biases: Whether its queries, keys and values always have biases.
-    has_scales: Whether they all have LayerScale.
-    register_prefix: The prefix that is written with registers, if another.
-    transformers: How the names of its classes in transformers begin, where that
-      is its library, which wants a config.json.
-  """
-
-  title: str
-  rows: tuple[Row, ...]
-  ignored: tuple[str, ...] = ()
-  pre_logits: str = r'(?!)'
-  prefixes: tuple[str, ...] = ('',)
-  aliases: tuple[tuple[str, str], ...] = ()
-  slots: tuple[str, ...] = ('all',)
-  resize: str = 'timm'
-  resize_with_registers: str = ''
-  norm_eps: float = 1e-6
-  pools: tuple[str, ...] = ('token',)
-  registers: int | None = 0
-  biases: bool = False
-  has_scales: bool = False
-  register_prefix: str = ''
-  transformers: str = ''
-
-  def spell(self, name: str) -> str:
-    """Returns a tensor name in the spelling of the rows."""
-    for pattern, replacement in self.aliases:
-      name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _norm(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -320,4 +253,5 @@ LAYOUTS = {
         pools=('token', 'mean'),
         biases=True,
     ),
+    **CNN_LAYOUTS,
 }  # fmt: skip

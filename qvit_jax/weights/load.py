@@ -18,6 +18,7 @@ from qvit_jax.weights import hub, peft
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import Names, collapse, nearest, recognise
+from qvit_jax.weights.layout import flatten_model, full_path
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.report import Report
 
@@ -41,8 +42,9 @@ def load_weights(path: str, target: Any) -> tuple[Any, Report]:
   Args:
     path: A safetensors, .pth/.bin or .npz file, a folder as on the hub, the
       workdir of one of our runs, or hf://OWNER/NAME[@REVISION].
-    target: The model's variables, or the tree of their collection `params`:
-      arrays or `jax.ShapeDtypeStruct`.
+    target: The model's variables, of which parameters and statistics of norms
+      are filled, or the tree of their collection `params`: arrays or
+      `jax.ShapeDtypeStruct`.
 
   Returns:
     The same tree with float32 NumPy arrays; leaves that no tensor fits (the
@@ -52,11 +54,10 @@ def load_weights(path: str, target: Any) -> tuple[Any, Report]:
     WeightsError: The file is unsafe, damaged, or of another model; all places
       that do not fit are listed.
   """
-  whole = isinstance(target, dict) and 'params' in target
-  params = target['params'] if whole else target
-  taken, report = read_weights(path, params)
-  filled = tree.unflatten({**tree.flatten(params), **taken}, params)
-  return ({**target, 'params': filled} if whole else filled), report
+  taken, report = read_weights(path, target)
+  if isinstance(target, dict) and 'params' in target:
+    taken = {full_path(name): values for name, values in taken.items()}
+  return tree.unflatten({**tree.flatten(target), **taken}, target), report
 
 
 def resolve(path: str) -> tuple[str, str]:
@@ -67,8 +68,14 @@ def resolve(path: str) -> tuple[str, str]:
   return str(fetched.folder), fetched.pinned
 
 
-def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
-  """Returns {our path: float32 array} of what fits `params`, and a report.
+def read_weights(path: str, target: Any) -> tuple[dict[str, Any], Report]:
+  """Returns {our path: float32 array} of what fits `target`, and a report.
+
+  Paths of statistics begin with their collection, those of parameters do not.
+
+  Args:
+    path: As of `load_weights`.
+    target: As of `load_weights`.
 
   Raises:
     WeightsError: As `load_weights`.
@@ -76,7 +83,7 @@ def read_weights(path: str, params: Any) -> tuple[dict[str, Any], Report]:
   if not path:
     raise WeightsError('no weights were named; set --config.weights.path=')
   local, _ = resolve(path)
-  wanted = tree.flatten(params)
+  wanted = flatten_model(target)
   place = pathlib.Path(local)
   kind = runs.kind_of(place)
   if kind == 'run':
@@ -137,7 +144,8 @@ def _own_source(path: str) -> Source:
     for name, x in values.items()
   }
   known = run.architecture
-  facts = {name: known[name] for name in ('heads', 'norm_eps', 'image_size')}
+  told = ('heads', 'norm_eps', 'image_size', 'padding')
+  facts = {name: known[name] for name in told if name in known}
   if run.class_names:
     facts['class_names'] = run.class_names
   return Source(entries, run.origin, facts)

@@ -49,25 +49,26 @@ class Report:
     Raises:
       WeightsError: The number of heads differs.
     """
-    facts, heads, notes = self.facts, shape['heads'], []
-    if facts.get('heads', heads) != heads:
+    facts, notes = self.facts, []
+    heads = shape.get('heads')  # a model without attention has none
+    if heads and facts.get('heads', heads) != heads:
       raise WeightsError(
         f'weights {self.source} have {facts["heads"]} attention heads, the '
         f'model {heads}; set --config.model.heads={facts["heads"]} (with '
         '--config.model.size= and the other numbers) or choose other weights'
       )
-    if 'heads' not in facts:
+    if heads and 'heads' not in facts:
       notes.append(
         f'the file does not tell its attention heads: {heads} assumed'
       )
-    there, here = facts.get('norm_eps'), shape['norm_eps']
-    if there is not None and there != here:
+    there, here = facts.get('norm_eps'), shape.get('norm_eps')
+    if None not in (there, here) and there != here:
       notes.append(
         f'LayerNorm epsilon is {there:g} there, {here:g} here; for equal '
         f'logits set --config.model.norm_eps={there:g}'
       )
-    there, here = facts.get('pool'), shape['pool']
-    if there is not None and there != here:
+    there, here = facts.get('pool'), shape.get('pool')
+    if None not in (there, here) and there != here:
       notes.append(f'model.pool was {there} there, {here} here')
     return notes
 

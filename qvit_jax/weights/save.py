@@ -3,15 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from qvit_jax import tree
 from qvit_jax.errors import ExportError
 from qvit_jax.weights.keymap import KINDS, collapse
-from qvit_jax.weights.layouts import LAYOUTS, Row
+from qvit_jax.weights.layout import KeyMap, Row, flatten_model
+from qvit_jax.weights.layouts import LAYOUTS
 
 # Biases that some models do not have; zero everywhere, they are left out where
 # the layout's library can be built without.
@@ -21,38 +21,32 @@ _OPTIONAL = re.compile(r'block_\d+/attn/(query|key|value)/bias')
 def translate(
   params: Any, layout: str, pool: str = ''
 ) -> dict[str, np.ndarray]:
-  """Returns {their name: array} of a tree of parameters.
+  """Returns {their name: array} of a model.
 
   What others may lack (positions of the class token and of registers, biases of
   queries, keys and values) is left out where it is zero and the layout allows
   it, so that an imported file becomes the same file.
 
+  Counters of updates, of norms with statistics, are zero: they are not kept.
+
   Args:
-    params: Our parameters, host or device arrays.
-    layout: Key of LAYOUTS.
+    params: Our parameters, host or device arrays; or collections, with the
+      statistics of norms among them.
+    layout: Key of LAYOUTS, or a library's name; see `layout_of`.
     pool: `model.pool`; by default what the shapes tell, which do not tell
       'token' and 'patch_mean' apart.
 
   Raises:
     ExportError: The layout has no place for a parameter.
   """
-  ours = {name: np.asarray(x) for name, x in tree.flatten(params).items()}
+  ours = {n: np.asarray(x) for n, x in flatten_model(params).items()}
+  layout = layout_of(layout, ours)
   keymap = LAYOUTS[layout]
   _check_model(ours, layout, pool or _pool_of(ours))
   biases = [name for name in ours if _OPTIONAL.search(name)]
   if not keymap.biases and not any(ours[name].any() for name in biases):
     ours = {name: x for name, x in ours.items() if name not in biases}
-  prefix = keymap.prefixes[0]
-  if 'registers' in ours:
-    prefix = keymap.register_prefix or prefix
-  rows: dict[str, tuple[Row, str]] = {}
-  for name in ours:
-    found = re.search(r'block_(\d+)', name)
-    number = found[1] if found else ''
-    for row in keymap.rows:
-      if row.ours.format(i=number) == name and name not in rows:
-        theirs = row.theirs.replace('~', prefix)
-        rows[name] = row, theirs.format(i=int(number or 0))
+  rows = _places(keymap, ours)
   homeless = [name for name in ours if name not in rows]
   if homeless:
     raise ExportError(
@@ -70,12 +64,69 @@ def translate(
   ):
     values = KINDS[row.kind].backward(ours[name])
     parts.setdefault(theirs, []).append(values)
-  return {
+  written = {
     name: np.ascontiguousarray(np.concatenate(values, axis=0))
     if len(values) > 1
     else np.ascontiguousarray(values[0])
     for name, values in parts.items()
   }
+  if keymap.counters:
+    written |= {
+      f'{name.removesuffix("running_var")}num_batches_tracked': np.asarray(
+        0, np.int64
+      )
+      for name in written
+      if name.endswith('.running_var')
+    }
+  return written
+
+
+def layout_of(name: str, ours: Iterable[str]) -> str:
+  """Returns the key of a library's layout that is of this kind of model.
+
+  Args:
+    name: Key of LAYOUTS: it counts, unless a layout 'NAME_...' of the same
+      library is of models with such a stem and it is not.
+    ours: Paths of the model's parameters.
+  """
+  ours = set(ours)
+  fits = lambda key: LAYOUTS[key].stem in ours
+  others = [key for key in LAYOUTS if key.startswith(f'{name}_') and fits(key)]
+  return others[0] if others and not fits(name) else name
+
+
+def _places(
+  keymap: KeyMap, ours: Iterable[str]
+) -> dict[str, tuple[Row, str]]:
+  """Returns {our path: (row, their name)} of what the layout has places for.
+
+  Of its kinds of models that which has places for most, and fewest in vain.
+  """
+  ours = list(ours)
+  prefix = keymap.prefixes[0]
+  if 'registers' in ours:
+    prefix = keymap.register_prefix or prefix
+  found = [
+    (_places_in(rows, ours, prefix), -len(rows)) for _, rows in keymap.choices
+  ]
+  return max(found, key=lambda one: (len(one[0]), one[1]))[0]
+
+
+def _places_in(
+  rows: Sequence[Row], ours: list[str], prefix: str
+) -> dict[str, tuple[Row, str]]:
+  by_path: dict[str, Row] = {}
+  for row in rows:
+    by_path.setdefault(row.ours, row)
+  places = {}
+  for name in ours:
+    found = re.search(r'block_(\d+)', name)
+    number = found[1] if found else ''
+    general = re.sub(r'block_\d+', 'block_{i}', name)
+    if row := by_path.get(name) or by_path.get(general):
+      theirs = row.theirs.replace('~', prefix)
+      places[name] = row, theirs.format(i=int(number or 0))
+  return places
 
 
 def _pool_of(ours: dict[str, np.ndarray]) -> str:
@@ -98,7 +149,7 @@ def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
   keymap = LAYOUTS[layout]
   registers = ours['registers'].shape[1] if 'registers' in ours else 0
   problems = []
-  if pool not in keymap.pools:
+  if keymap.pools and pool not in keymap.pools:
     problems.append(f'model.pool is {pool}, not {" or ".join(keymap.pools)}')
   if keymap.registers not in (None, registers):
     problems.append(f'model.registers is {registers}, not {keymap.registers}')
@@ -109,12 +160,11 @@ def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
 
 def _other_layouts(ours: dict[str, np.ndarray], pool: str) -> str:
   """Returns what to do: which layouts can hold such a model."""
-  paths = {re.sub(r'block_\d+', 'block_{i}', name) for name in ours}
   fitting = [
     layout
     for layout, keymap in LAYOUTS.items()
     if not _problems(ours, layout, pool)
-    and paths <= {row.ours for row in keymap.rows}
+    and len(_places(keymap, ours)) == len(ours)
   ]
   if fitting:
     return f'choose --config.export.layout={" or ".join(fitting)}'
@@ -188,14 +238,42 @@ def how_to_build(
     tensors: Of `translate`.
     layout: Key of LAYOUTS.
   """
-  here, usual, lines = shape['norm_eps'], LAYOUTS[layout].norm_eps, []
+  usual, lines = LAYOUTS[layout].norm_eps, []
+  here = shape.get('norm_eps', usual)
   if layout == 'timm':
     arguments = timm_arguments(shape, tensors).items()
     text = ', '.join(f'{name}={value!r}' for name, value in arguments)
     lines.append(f'it fits timm.models.VisionTransformer({text})')
   if here != usual:
     lines.append(f'build it with LayerNorm epsilon {here:g}, not {usual:g}')
+  if call := _cnn_call(shape, layout):
+    lines.append(f'it fits {call}')
+  if shape.get('padding', 'torch') != 'torch':
+    lines.append(
+      f"the model pads as model.padding={shape['padding']!r} says; the library "
+      'puts as many zeros on both sides, with which it computes something else'
+    )
   return lines
+
+
+def _cnn_call(shape: dict[str, Any], layout: str) -> str:
+  """Returns what makes such a convolutional model in the layout's library."""
+  library, _, kind = layout.partition('_')
+  classes = f'num_classes={shape["num_classes"]}'
+  if kind == 'vgg':
+    name = f'vgg{shape["size"]}{"_bn" if shape["batch_norm"] else ""}'
+    if shape['classifier'] == 'linear':
+      classes += '), with the mean of the image and one linear layer behind it'
+  elif kind == 'mobilenet_v2' and library == 'torchvision':
+    name, classes = kind, f'width_mult={shape["width"]:g}, {classes}'
+  elif kind == 'mobilenet_v2':
+    name = f'mobilenetv2_{round(100 * shape["width"]):03d}'
+  else:
+    return ''
+  call = f'timm.create_model({name!r}, {classes}'
+  if library == 'torchvision':
+    call = f'torchvision.models.{name}({classes}'
+  return call if classes.endswith('it') else f'{call})'
 
 
 def hf_config(

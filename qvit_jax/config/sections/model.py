@@ -108,10 +108,11 @@ FIELDS = (
     of_family=True,
   ),
   Field(
-    'model.padding', 'torch', one_of('torch', 'same'),
+    'model.padding', '', one_of('', 'torch', 'same'),
     "Where a stride skips pixels: 'torch' (as many zeros on both sides) | "
     "'same' (TensorFlow's: as few as the image size allows, the odd one below "
-    'and on the right). Trained weights know one of them.',
+    "and on the right). Trained weights know one of them; '' = 'torch', and an "
+    'error where weights do not say that they mean it.',
     of_family=True,
   ),
   Field(

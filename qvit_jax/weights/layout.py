@@ -1,0 +1,119 @@
+"""What a layout of weights is: rows of our paths and others' names."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qvit_jax import tree
+
+# Facts of our models, which this package does not import: a test compares them.
+COLLECTION = 'batch_stats'  # statistics of norms
+EPSILON = 1e-5  # of norms with statistics
+WINDOWS = 7  # along each axis, that the classifier of VGG's paper sees
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter of ours.
+
+  Attributes:
+    ours: Its path in the collection `params`, or that of a statistic of a norm
+      with its collection before it: 'batch_stats/...'.
+    theirs: Tensor name.
+    kind: Key of `keymap.KINDS`: how the axes go.
+    part: Which third of a fused tensor it is; None where it is the whole.
+  """
+
+  ours: str
+  theirs: str
+  kind: str
+  part: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMap:
+  """One layout.
+
+  Attributes:
+    title: What it is called in reports.
+    rows: What is where.
+    variants: (name, rows) of each model whose numbers of layers say other
+      things, in place of `rows`.
+    stem: Our path of the kernel that every model has.
+    ignored: Regexes of tensors that play no part in classification.
+    pre_logits: Regex of the tensors of a layer between encoder and head; a
+      head that follows one is of no use without it.
+    prefixes: What `~` may stand for; the first is the one we write.
+    aliases: (regex, replacement) pairs that turn other spellings into this.
+    slots: Which tokens have positions, the likeliest first: 'all', 'class'
+      (class token and patches, not registers) or 'grid' (patches alone).
+    resize: Key of `adapt.RESIZES`: how its own library resizes positions.
+    resize_with_registers: The same for models with registers, if it differs.
+    norm_eps: Epsilon of LayerNorm in its library; None where there is none.
+    pools: What its models can have as `model.pool`; () where they have no such
+      choice.
+    counters: Whether norms with statistics count their updates.
+    registers: How many `model.registers` they have; None: any number.
+    biases: Whether its queries, keys and values always have biases.
+    has_scales: Whether they all have LayerScale.
+    register_prefix: The prefix that is written with registers, if another.
+    transformers: How the names of its classes in transformers begin, where that
+      is its library, which wants a config.json.
+  """
+
+  title: str
+  rows: tuple[Row, ...] = ()
+  variants: tuple[tuple[str, tuple[Row, ...]], ...] = ()
+  stem: str = 'patch_embed/kernel'
+  ignored: tuple[str, ...] = ()
+  pre_logits: str = r'(?!)'
+  prefixes: tuple[str, ...] = ('',)
+  aliases: tuple[tuple[str, str], ...] = ()
+  slots: tuple[str, ...] = ('all',)
+  resize: str = 'timm'
+  resize_with_registers: str = ''
+  norm_eps: float | None = 1e-6
+  pools: tuple[str, ...] = ('token',)
+  registers: int | None = 0
+  biases: bool = False
+  has_scales: bool = False
+  register_prefix: str = ''
+  transformers: str = ''
+  counters: bool = False
+
+  @property
+  def choices(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
+    """(name, rows) of every kind of model of the layout."""
+    return self.variants or ((self.title, self.rows),)
+
+  @property
+  def all_rows(self) -> tuple[Row, ...]:
+    """The rows of all kinds."""
+    return tuple(row for _, rows in self.choices for row in rows)
+
+  def spell(self, name: str) -> str:
+    """Returns a tensor name in the spelling of the rows."""
+    for pattern, replacement in self.aliases:
+      name = re.sub(pattern, replacement, name)
+    return name
+
+
+def flatten_model(variables: Any) -> dict[str, Any]:
+  """Returns {our path: leaf} of what weights of others can bring.
+
+  Args:
+    variables: Collections, of which parameters and statistics of norms count;
+      or the tree of `params` alone.
+  """
+  if not (isinstance(variables, Mapping) and 'params' in variables):
+    return tree.flatten(variables)
+  found = tree.flatten(variables['params'])
+  if COLLECTION in variables:
+    found |= tree.flatten({COLLECTION: variables[COLLECTION]})
+  return found
+
+
+def full_path(ours: str) -> str:
+  """Returns the path of a row of ours among all collections."""
+  return ours if ours.startswith(f'{COLLECTION}/') else f'params/{ours}'
