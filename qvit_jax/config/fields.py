@@ -169,7 +169,13 @@ READS_FILES = Need(
   'no image files are read; set --config.data.source=folder',
 )
 RESIDENT = Need(
-  lambda c: c.data.source != 'folder', 'folders are always streamed'
+  lambda c: c.data.source == 'tfds',
+  'folders are always streamed, digits never; set --config.data.source=tfds',
+)
+STREAMS = Need(
+  lambda c: c.data.source != 'digits' or c.eval.images,
+  'digits are arrays in memory, nothing is decoded; set '
+  '--config.data.source=folder or tfds',
 )
 SGD = Need(
   lambda c: c.optim.name == 'sgd',
@@ -186,9 +192,17 @@ DECAYS_LR = Need(
 DECAYS = Need(
   lambda c: c.optim.weight_decay > 0, 'optim.weight_decay is 0; raise it'
 )
+WARMS = Need(
+  lambda c: c.optim.warmup_steps or c.optim.warmup_epochs,
+  'there is no warm-up; set --config.optim.warmup_steps=',
+)
 WARMS_BY_EPOCH = Need(
   lambda c: c.optim.warmup_steps == 0,
   'optim.warmup_steps is set; add --config.optim.warmup_steps=0',
+)
+WRITES_EVENTS = Need(
+  lambda c: c.log.tensorboard,
+  'log.tensorboard is off; set --config.log.tensorboard=true',
 )
 RANGES = Need(
   lambda c: (

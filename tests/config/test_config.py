@@ -109,6 +109,14 @@ def test_training_nothing_is_refused(config):
     ('optim.decay_rules', {}, 'optim.weight_decay is 0'),
     ('optim.end_lr', {'optim.schedule': 'constant'}, 'schedule=cosine'),
     ('optim.warmup_epochs', {'optim.warmup_steps': 1}, 'warmup_steps=0'),
+    (
+      'optim.warmup_from',
+      {'optim.warmup_steps': 0, 'optim.warmup_epochs': 0.0},
+      'there is no warm-up',
+    ),
+    ('data.workers', {'data.source': 'digits'}, 'data.source=folder or tfds'),
+    ('data.resident_mib', {'data.source': 'digits'}, 'data.source=tfds'),
+    ('log.histograms', {'log.tensorboard': False}, 'tensorboard=true'),
   ],
 )
 def test_a_field_without_effect_is_refused(config, field, set_up, hint):
@@ -120,6 +128,7 @@ def test_a_field_without_effect_is_refused(config, field, set_up, hint):
   value = page[section][name]
   page[section][name] = (
     ('bias$',) if isinstance(value, tuple) else
+    not value if isinstance(value, bool) else
     'w8a8' if isinstance(value, str) else value / 2 or 1 if
     isinstance(value, float) else value + 1
   )

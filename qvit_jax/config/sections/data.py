@@ -8,6 +8,7 @@ from qvit_jax.config.fields import (
   READS_FILES,
   RESIDENT,
   SHARE,
+  STREAMS,
   ZERO_UP,
   Field,
   channels,
@@ -129,5 +130,6 @@ FIELDS = (
   Field(
     'data.workers', 0, ZERO_UP,
     'Decoding processes when streaming; 0 = threads.',
+    needs=(STREAMS,),
   ),
 )  # fmt: skip

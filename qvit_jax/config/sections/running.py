@@ -6,6 +6,7 @@ from qvit_jax.config.fields import (
   HAS_LAYOUT,
   ONE_UP,
   SPLITS,
+  WRITES_EVENTS,
   ZERO_UP,
   Field,
   one_of,
@@ -85,5 +86,6 @@ FIELDS = (
   Field(
     'log.histograms', True, BOOL,
     'Of the weights, at each evaluation.',
+    needs=(WRITES_EVENTS,),
   ),
 )  # fmt: skip

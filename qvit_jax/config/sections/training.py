@@ -16,6 +16,7 @@ from qvit_jax.config.fields import (
   SOFT,
   STAGES,
   TEACHER,
+  WARMS,
   WARMS_BY_EPOCH,
   ZERO_UP,
   Field,
@@ -56,6 +57,7 @@ FIELDS = (
   Field(
     'optim.warmup_from', 1e-05, ZERO_UP,
     'Learning rate of the first update; >= 0.',
+    needs=(WARMS,),
   ),
   Field(
     'optim.end_lr', 0.0, ZERO_UP,
