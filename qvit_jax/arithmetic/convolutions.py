@@ -9,6 +9,7 @@ is lowered, so that one exported for another machine is right too.
 Shapes: images [b, h, w, c], kernels [kh, kw, c] of a depthwise product.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qvit_jax.arithmetic.channels import channel_sum
 from qvit_jax.arithmetic.windows import Window
+
+# Most rows that are added elementwise to one.
+_CHAIN = 8
 
 
 def convolve(
@@ -43,13 +46,7 @@ def convolve(
     return depthwise(x, kernel[:, :, 0], window, out_dtype, precision)
   is_point = window.size == (1, 1) == window.strides
   if is_point and window.groups == 1 and not any(map(any, window.padding)):
-    return jax.lax.dot_general(
-      x,
-      kernel[0, 0],
-      (((3,), (0,)), ((), ())),
-      precision=precision,
-      preferred_element_type=out_dtype,
-    )
+    return pointwise(x, kernel[0, 0], out_dtype, precision)
   return _library(x, kernel, window, out_dtype, precision)
 
 
@@ -195,8 +192,68 @@ def _input_gradient(kernel, cotangent, window: Window, x):
 
 def _kernel_gradient(x, cotangent, window: Window, kernel):
   """Returns the gradient of a kernel [kh, kw, c]."""
-  found = [
-    channel_sum(lambda seen, given: _wide(seen) * _wide(given), seen, cotangent)
-    for _, seen in _taps(x, window)
-  ]
+  x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
+  x = jax.lax.optimization_barrier(x)  # else it is padded anew for each slice
+  bare = dataclasses.replace(window, padding=((0, 0), (0, 0)))
+  found = [_pixel_sum(seen, cotangent) for _, seen in _taps(x, bare)]
   return jnp.stack(found).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _pixel_sum(seen, given):
+  """Returns the sum of seen * given over all pixels, [c].
+
+  Left to itself XLA makes one loop of product and sum, which adds up a channel
+  in memory. Elementwise sums of some rows stay in registers; the product with
+  ones that adds up the rest cannot be put into their loop.
+  """
+  height, c = seen.shape[1], seen.shape[-1]
+  parts = max(n for n in range(1, _CHAIN + 1) if height % n == 0)
+  rows = height // parts
+  total = sum(
+    _wide(seen[:, i : i + rows]) * _wide(given[:, i : i + rows])
+    for i in range(0, height, rows)
+  )
+  total = total.reshape(-1, c)
+  return jnp.ones((len(total),), total.dtype) @ total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def pointwise(x: Array, kernel: Array, out_dtype: Any, precision: Any) -> Array:
+  """Returns the product of every pixel with a matrix.
+
+  Args:
+    x: [b, h, w, i].
+    kernel: [i, o], of the same dtype.
+    out_dtype: Of sums and result; None: the operands'.
+    precision: Of products on accelerators.
+  """
+  return jax.lax.dot_general(
+    x,
+    kernel,
+    (((3,), (0,)), ((), ())),
+    precision=precision,
+    preferred_element_type=out_dtype,
+  )
+
+
+def _pointwise_forward(x, kernel, out_dtype, precision):
+  return pointwise(x, kernel, out_dtype, precision), (x, kernel)
+
+
+def _pointwise_backward(out_dtype, precision, operands, cotangent):
+  x, kernel = operands
+  product = functools.partial(
+    jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype
+  )
+  dx = product(cotangent, kernel, (((3,), (1,)), ((), ())))
+  # The left operand is copied to bring its pixels last: let it be the one of
+  # fewer channels.
+  pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
+  if x.shape[-1] <= cotangent.shape[-1]:
+    dk = product(x, cotangent, pixels)
+  else:
+    dk = product(cotangent, x, pixels).T
+  return dx.astype(x.dtype), dk.astype(kernel.dtype)
+
+
+pointwise.defvjp(_pointwise_forward, _pointwise_backward)
