@@ -364,8 +364,9 @@ ptq
     (also _g32, _g64, _g128), wXaY with X and Y among 2..8, 10, 12, 16,
     mixed_simple mixed_variance mixed_sensitivity, int8_clip_99.9 (also _99,
     _95, and int4). `+gptq+rotate` replaces a row's own solvers, `+plain` is
-    min-max rounding. Solvers: rotate smooth_quant reparametrize, hadamard, gptq
-    adaround, log2_softmax twin_softmax, bias_correction tune.
+    min-max rounding. Solvers: rotate equalize absorb smooth_quant
+    reparametrize, hadamard, per_tensor, gptq adaround, log2_softmax
+    twin_softmax, bias_correction tune.
   ptq.calibration_examples = 256
     Images of the training split; >= 1.
   ptq.calibration_path = ''

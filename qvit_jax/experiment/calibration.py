@@ -200,7 +200,8 @@ class Calibration:
       'seed': config['seed'],
       'examples': config['ptq']['calibration_examples'],
       'scales': config['ptq']['scales'],
-      'hessians': self._hessians,
+      # 2: with what centers them.
+      'hessians': 2 if self._hessians else False,
     }
 
   def _read(self, path: pathlib.Path, facts: dict[str, Any]):

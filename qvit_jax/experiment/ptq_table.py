@@ -26,6 +26,7 @@ from qvit_jax.quantization.ptq.row_checks import (
   check_groups,
   check_model,
   scale_notes,
+  solver_notes,
 )
 from qvit_jax.quantization.ptq.rows import Row, parse_row
 from qvit_jax.quantization.ptq.tune import tune
@@ -101,6 +102,7 @@ class Table:
     for note in (
       *check_groups(self.rows, self.sites),
       *scale_notes(self.rows, self.sites, config.ptq.scales),
+      *solver_notes(self.rows, self.sites),
     ):
       say(f'note: {note}')
     for line in self._rule_lines():

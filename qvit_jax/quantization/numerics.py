@@ -6,6 +6,7 @@ codes from 0 to 2**bits - 1, or from -m to m with m = 2**(bits-1) - 1 and zero 0
 section 2.1; Nagel et al. 2021, arXiv:2106.08295, section 2.2.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -133,6 +134,7 @@ def aqt_codes(
   return jnp.round(jnp.clip(x * inverse, first, last)), scale
 
 
+@functools.partial(jax.jit, static_argnames=('bits', 'steps', 'least'))
 def search_scale(
   w: Float[Array, 'i o'], bits: int, *, steps: int = 80, least: float = 0.35
 ) -> Float[Array, '1 o']:
@@ -147,11 +149,14 @@ def search_scale(
     bits,
     symmetric=True,
   )
-  best = jnp.full_like(widest, jnp.inf)
-  chosen = widest
-  for share in jnp.linspace(1.0, least, steps):
+
+  def attempt(carry, share):
+    best, chosen = carry
     near = round_to_grid(w, widest * share, zero, bits, symmetric=True)
     error = jnp.square(near - w).sum(axis=0, keepdims=True)
     chosen = jnp.where(error < best, widest * share, chosen)
-    best = jnp.minimum(error, best)
-  return chosen
+    return (jnp.minimum(error, best), chosen), None
+
+  start = jnp.full_like(widest, jnp.inf), widest
+  shares = jnp.linspace(1.0, least, steps)
+  return jax.lax.scan(attempt, start, shares)[0][1]

@@ -32,8 +32,8 @@ FIELDS = (
     '10, 12, 16, mixed_simple mixed_variance mixed_sensitivity, '
     'int8_clip_99.9 (also _99, _95, and int4). `+gptq+rotate` replaces a '
     "row's own solvers, `+plain` is min-max rounding. Solvers: rotate "
-    'smooth_quant reparametrize, hadamard, gptq adaround, log2_softmax '
-    'twin_softmax, bias_correction tune.',
+    'equalize absorb smooth_quant reparametrize, hadamard, per_tensor, gptq '
+    'adaround, log2_softmax twin_softmax, bias_correction tune.',
   ),
   Field(
     'ptq.calibration_examples', 256, ONE_UP,

@@ -137,13 +137,15 @@ def _pack(row: Row, site: Site, plan: SitePlan, w, stats):
     return w.astype(jnp.dtype(row.dtype)), None
   hessian = None
   if row.needs_hessians:
-    hessian = jnp.asarray(stats[site.path].hessian)
+    # What the mean of the inputs makes of an error, the bias makes up for.
+    seen = stats[site.path]
+    hessian = jnp.asarray(seen.spread() if row.reads_means else seen.hessian)
   mean = stats[site.path].mean if row.reads_means else None
   if plan.block:
     w = hadamard.turn_blocks(w.T, plan.block).T
     if hessian is not None:
       half = hadamard.turn_blocks(hessian, plan.block)
-      hessian = hadamard.turn_blocks(half.T, plan.block)
+      hessian = hadamard.turn_blocks(half.swapaxes(-1, -2), plan.block)
     if mean is not None:
       mean = np.asarray(hadamard.turn_blocks(jnp.asarray(mean), plan.block))
   with at_site(site.path):
@@ -176,8 +178,8 @@ def round_kernel(row: Row, w, hessian, bits: int):
   Args:
     row: Its solvers and its group.
     w: Kernel [i, o].
-    hessian: X^T X of its inputs, [i, i] or of each group of a convolution
-      [g, i, i], where the row needs one.
+    hessian: X^T X of its inputs, where the row needs one: see
+      `inputs.squares`.
     bits: Of a code.
   """
   if row.rounding or row.has_one_scale:
@@ -201,11 +203,20 @@ def round_kernel(row: Row, w, hessian, bits: int):
 
 
 def _by_groups(rounds, w, hessian, scale, bits: int):
-  """Returns codes by a solver, of each group of a convolution by itself."""
+  """Returns codes by a solver, of each group or part by itself.
+
+  Groups are a convolution's, parts are of the inputs: `inputs.parts_of`.
+  """
   if hessian.ndim == 2:
     return rounds(w, hessian, scale, bits=bits)
-  size = len(w)
-  cut = lambda x: x.reshape(size, len(hessian), -1).swapaxes(0, 1)
+  count, size = hessian.shape[:2]
+  if count * size == len(w) and count > 1:
+    cut = lambda x: x.reshape(count, size, -1)
+    codes = jax.lax.map(
+      lambda one: rounds(*one, bits=bits), (cut(w), hessian, cut(scale))
+    )
+    return codes.reshape(w.shape)
+  cut = lambda x: x.reshape(size, count, -1).swapaxes(0, 1)
   codes = jax.vmap(functools.partial(rounds, bits=bits))(
     cut(w), hessian, cut(scale)
   )  # [g, i, o / g]

@@ -68,7 +68,9 @@ class SiteStats:
       convolution [g, i]; or None.
     channel_low: Smallest value of each input channel [c] of a layer, or None.
     channel_high: Largest value, the same.
-    hessian: X^T X of a layer's inputs [i, i], of each group [g, i, i]; or None.
+    hessian: X^T X of a layer's inputs (see `inputs.squares`), or None.
+    center: c, of the same shape but for the last axis: X^T X - c c^T is that
+      of the inputs less their mean; or None.
   """
 
   lhs: OperandStats
@@ -77,6 +79,15 @@ class SiteStats:
   channel_low: np.ndarray | None = None
   channel_high: np.ndarray | None = None
   hessian: np.ndarray | None = None
+  center: np.ndarray | None = None
+
+  def spread(self) -> np.ndarray:
+    """Returns `hessian` of the inputs less their mean."""
+    c = self.center
+    return self.hessian - c[..., :, None] * c[..., None, :]
+
+
+_OF_LAYERS = ('mean', 'channel_low', 'channel_high', 'hessian', 'center')
 
 
 def _operands(site: Site, lhs, rhs, dims) -> dict[str, tuple[Any, Any]]:
@@ -142,7 +153,10 @@ def _add_inputs(module, lhs, dims, hessians: bool) -> None:
   add('sum', total)
   add('count', jnp.asarray(count, jnp.float32))
   if hessians:
-    add('hessian', squares(lhs.astype(jnp.float32), dims))
+    square, total, count = squares(lhs.astype(jnp.float32), dims)
+    add('hessian', square)
+    add('hessian_sum', total)
+    add('hessian_count', jnp.asarray(count, jnp.float32))
 
 
 def _stride(shape: tuple[int, ...]) -> int:
@@ -235,6 +249,9 @@ def collect(
   for name in [n for n in found if n.endswith('/sum')]:
     site = name.removesuffix('/sum')
     found[f'{site}/mean'] = found.pop(name) / found.pop(f'{site}/count')
+    if hessians:
+      count = found.pop(f'{site}/hessian_count')
+      found[f'{site}/center'] = found.pop(f'{site}/hessian_sum') / count**0.5
   return from_arrays(found)
 
 
@@ -246,7 +263,7 @@ def to_arrays(stats: dict[str, SiteStats]) -> dict[str, np.ndarray]:
       if getattr(site, side) is not None:
         for field, value in vars(getattr(site, side)).items():
           flat[f'{path}/{side}_{field}'] = value
-    for field in ('mean', 'channel_low', 'channel_high', 'hessian'):
+    for field in _OF_LAYERS:
       flat[f'{path}/{field}'] = getattr(site, field)
   return {name: x for name, x in flat.items() if x is not None}
 
@@ -277,10 +294,7 @@ def from_arrays(flat: dict[str, np.ndarray]) -> dict[str, SiteStats]:
     path: SiteStats(
       operand(fields, 'lhs'),
       operand(fields, 'rhs'),
-      *(
-        fields.get(n)
-        for n in ('mean', 'channel_low', 'channel_high', 'hessian')
-      ),
+      *(fields.get(name) for name in _OF_LAYERS),
     )
     for path, fields in grouped.items()
   }

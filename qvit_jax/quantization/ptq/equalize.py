@@ -5,10 +5,11 @@ away. A channel that only passes an activation with f(s x) = s f(x) can be
 divided by s before it and multiplied by s behind: the function stays.
 
 A ReLU6 is constant beyond its ceiling of 6, and a channel that is divided by s
-meets it at 6 s of before. Nagel et al. put ReLUs in its place; here the
-function stays: a channel that calibration saw at the ceiling is left as it is,
-and no other is stretched beyond it. Where calibration saw only a mean over the
-image of what the activation gives, no channel is touched.
+meets it at 6 s of before. No channel is stretched until what calibration saw of
+it meets the ceiling. One that reached it may still shrink: then more passes
+than before, up to 6 s, where Nagel et al., who put ReLUs in place of ReLU6,
+let everything pass. Where calibration saw only a mean over the image of what
+the activation gives, no channel is touched.
 
 Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1, equation 11.
 """
@@ -67,8 +68,7 @@ def _factors(p, pair: Pair, highest) -> np.ndarray:
   if pair.has_mean:
     return np.ones_like(s)
   highest = _per_channel(highest, width)
-  inside = highest < pair.ceiling * (1 - 1e-6)
-  return np.where(inside, np.maximum(s, highest / pair.ceiling), 1)
+  return np.maximum(s, highest / pair.ceiling)
 
 
 def _per_channel(values: np.ndarray, width: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from qvit_jax.arithmetic.products import Window, patches
 # Windows of an image whose squares are summed, at most about: neighbours are
 # alike, and a part of them says as much.
 _WINDOWS = 1024
+# Inputs whose squares are one matrix; of more, parts of them have one each.
+_INPUTS = 8192
 
 
 def sum_rows(x, dims):
@@ -36,22 +38,38 @@ def sum_rows(x, dims):
 
 
 def squares(x, dims):
-  """Returns X^T X of what a kernel meets, [i, i] or [g, i, i].
+  """Returns sums over what a kernel meets: of squares, of values, of ones.
 
   Of a large image not every window is taken.
 
   Args:
     x: Input of a layer.
     dims: Of its product.
+
+  Returns:
+    (X^T X, sum of the rows of X, how many): [i, i] and [i]; of g groups
+    [g, i, i] and [g, i]; of n parts (`parts_of`) [n, i / n, i / n] and
+    [n, i / n].
   """
-  if not isinstance(dims, Window):
-    x = x.reshape(-1, x.shape[-1])
-    return jnp.matmul(x.T, x, precision='highest')
-  seen = patches(x, _sparser(dims, x.shape[1:3]))
-  if dims.groups == 1:
-    seen = seen.reshape(-1, seen.shape[-1])
-    return jnp.matmul(seen.T, seen, precision='highest')
-  return jnp.einsum('bpqgi,bpqgj->gij', seen, seen, precision='highest')
+  if isinstance(dims, Window):
+    seen = patches(x, _sparser(dims, x.shape[1:3]))
+    seen = seen.reshape(-1, *seen.shape[3:])  # [n, g, i]
+    if dims.groups > 1:
+      square = jnp.einsum('ngi,ngj->gij', seen, seen, precision='highest')
+      return square, seen.sum(axis=0), len(seen)
+    x = seen
+  x = x.reshape(-1, x.shape[-1])
+  if (parts := parts_of(x.shape[1])) > 1:
+    x = x.reshape(len(x), parts, -1)
+    square = jnp.einsum('ngi,ngj->gij', x, x, precision='highest')
+    return square, x.sum(axis=0), len(x)
+  return jnp.matmul(x.T, x, precision='highest'), x.sum(axis=0), len(x)
+
+
+def parts_of(size: int) -> int:
+  """Returns into how many parts the inputs of a layer are cut for squares."""
+  least = -(-size // _INPUTS)
+  return next(n for n in range(least, size + 1) if size % n == 0)
 
 
 def _sparser(window: Window, size: tuple[int, int]) -> Window:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.ops import Pair, Site, Stream
+from qvit_jax.quantization.ptq.inputs import parts_of
 from qvit_jax.quantization.ptq.rows import Row
 from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import granularity_of
@@ -98,6 +99,18 @@ def scale_notes(
           f'{asked}: their windows overlap'
         )
   return lines
+
+
+def solver_notes(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
+  """Returns a line for each layer that is too wide to be rounded as one."""
+  solvers = dict.fromkeys(row.rounding for row in rows if row.rounding)
+  return [
+    f'{site.path} has {site.rhs_shape[0]:,} inputs, which {name} rounds in '
+    f'{parts} parts'
+    for site in sites
+    for name in solvers
+    if site.is_layer and (parts := parts_of(site.rhs_shape[0])) > 1
+  ]
 
 
 def _some(paths: Sequence[str]) -> str:

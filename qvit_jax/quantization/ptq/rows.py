@@ -127,7 +127,7 @@ def parse_row(text: str, *, has_stream: bool = True) -> Row:
   base, *asked = text.split('+')
   row = _base(base, text)
   if not asked:
-    solvers = row.solvers if has_stream else _without_stream(row.solvers)
+    solvers = row.solvers if has_stream else _without_stream(row)
     return dataclasses.replace(row, name=text, solvers=solvers)
   if asked == ['plain']:
     return dataclasses.replace(row, name=text, solvers=(), is_plain=True)
@@ -186,11 +186,16 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
   return ('rotate', 'hadamard', 'gptq') if acts <= 5 else ('rotate', 'gptq')
 
 
-def _without_stream(solvers: tuple[str, ...]) -> tuple[str, ...]:
-  """Returns the best composition measured where no channels can be turned."""
-  if not solvers:
+def _without_stream(row: Row) -> tuple[str, ...]:
+  """Returns the best composition measured where no channels can be turned.
+
+  Rounded kernels of few weights, such as those of depthwise convolutions, give
+  outputs of another mean, at 8 bits too.
+  """
+  if row.is_float:
     return ()
-  return (*(s for s in solvers if s not in STREAM_SOLVERS), 'bias_correction')
+  kept = tuple(s for s in row.solvers if s not in STREAM_SOLVERS)
+  return (*kept, 'bias_correction')
 
 
 def _weights_only(name: str, bits: int, **more: Any) -> Row:
