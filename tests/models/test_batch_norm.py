@@ -57,6 +57,29 @@ def test_elsewhere_it_goes_by_the_averages_and_keeps_them(train, changes):
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
 
 
+def test_the_gradient_is_that_of_the_formula():
+  layer, variables = layer_of(X)
+  weight = np.random.default_rng(5).normal(size=X.shape).astype(np.float32)
+
+  def plain(params, x):
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    y = (x - mean) / jnp.sqrt(var + 1e-5) * params['scale'] + params['bias']
+    return (y * weight).sum()
+
+  def ours(params, x):
+    both = {**variables, 'params': params}
+    y, _ = layer.apply(both, x, True, mutable=['batch_stats'])
+    return (y * weight).sum()
+
+  found, wanted = (
+    jax.jit(jax.grad(f, argnums=(0, 1)))(variables['params'], jnp.asarray(X))
+    for f in (ours, plain)
+  )
+  for here, there in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    scale = np.abs(there).max()
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-5 * scale)
+
+
 def test_bfloat16_is_normalised_in_float32():
   x = jnp.asarray(X + 1000, jnp.bfloat16)
   layer, variables = layer_of(x, dtype=jnp.bfloat16)
