@@ -7,15 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qvit_jax.data import (
-  augment,
-  batches,
-  digits,
-  folder_source,
-  listing,
-  preprocess,
-)
-from qvit_jax.data.augment_host import HostAugment
+from qvit_jax.data import batches, digits, folder_source, listing, preprocess
+from qvit_jax.data.augment_host import HostAugment, make_host_augment
 from qvit_jax.data.decode import BadFiles, printable, read_image
 from qvit_jax.errors import ConfigError, DataError
 
@@ -155,7 +148,7 @@ def _open_tfds(config, training: bool) -> Data:
       augment=host,
     )
 
-  train = streamed(*train, host=_augment(config)) if training else None
+  train = streamed(*train, host=make_host_augment(config)) if training else None
   evaluation = streamed(*evaluation, limit=limit)
   return Data(
       train, evaluation, names, _describe(data.name, train, evaluation),
@@ -190,7 +183,7 @@ def _open_folder(config, training: bool) -> Data:
   bad_files = BadFiles(data.bad_files)
   train = None
   if training:
-    train = _file_split(config, parts[0], bad_files, _augment(config))
+    train = _file_split(config, parts[0], bad_files, make_host_augment(config))
   evaluation = _file_split(config, parts[-1], bad_files)
   described = _describe(printable(name), train, evaluation)
   return Data(
@@ -228,17 +221,6 @@ def open_images(config, class_names: Sequence[str]) -> Data:
       f'{len(files):,} images of {printable(path)}', notes=notes,
       name=printable(path),
       bad_files=bad_files, only_images=True,
-  )  # fmt: skip
-
-
-def _augment(config) -> HostAugment | None:
-  """Returns what the host does to streamed training images; None: nothing."""
-  data = config.data
-  if not augment.is_on(data):
-    return None
-  return HostAugment(
-    config.model.image_size, batches.METHODS[data.resize], data.crop,
-    data.jitter, tuple(data.randaugment),
   )  # fmt: skip
 
 

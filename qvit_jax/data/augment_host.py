@@ -6,6 +6,7 @@ workers or devices changes one.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +17,10 @@ from qvit_jax.data import augment
 _ENHANCERS = {
   'brightness': ImageEnhance.Brightness, 'contrast': ImageEnhance.Contrast,
   'color': ImageEnhance.Color, 'sharpness': ImageEnhance.Sharpness,
+}  # fmt: skip
+# `data.resize` in Pillow, whose methods have antialias.
+METHODS = {
+  'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR,
 }  # fmt: skip
 # Keeps these draws apart from those of the order of examples.
 _STREAM = 1
@@ -85,6 +90,21 @@ class HostAugment:
       augment.CROP_DRAWS + total
     )
     return found[: augment.CROP_DRAWS], found[augment.CROP_DRAWS :]
+
+
+def make_host_augment(config: Any) -> HostAugment | None:
+  """Returns what the host does to streamed training images; None: nothing.
+
+  Args:
+    config: A whole config.
+  """
+  data = config.data
+  if not augment.is_on(data):
+    return None
+  return HostAugment(
+    config.model.image_size, METHODS[data.resize], data.crop, data.jitter,
+    tuple(data.randaugment),
+  )  # fmt: skip
 
 
 def operate(

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from qvit_jax.data.augment_host import HostAugment
+from qvit_jax.data.augment_host import METHODS, HostAugment
 from qvit_jax.data.decode import BadFiles, BadImageError, printable
 from qvit_jax.data.order import Order, numbers_of
 from qvit_jax.data.workers import Batch, load
@@ -26,10 +26,6 @@ from qvit_jax.errors import DataError
 _TRIES = 32
 # Of fewer images an evaluation is over before worker processes would be up.
 _FEW = 10_000
-# `data.resize` in Pillow, whose methods have antialias.
-METHODS = {
-  'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR,
-}  # fmt: skip
 # Of longer images, in shorter sides, only the middle is resized.
 _LONGEST = 32
 # Threads that decode without workers, and how far ahead of the training.

@@ -1,5 +1,10 @@
 """Weights of other libraries: read, adapted, written back."""
 
+from qvit_jax.weights.builders import (
+  hf_config,
+  how_to_build,
+  timm_arguments,
+)
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.facts import is_reordered, one_form, order_of
 from qvit_jax.weights.hub import HubUnreachableError
@@ -7,13 +12,7 @@ from qvit_jax.weights.layout import full_path
 from qvit_jax.weights.layouts import LAYOUTS
 from qvit_jax.weights.load import load_weights, read_weights, resolve
 from qvit_jax.weights.report import Report
-from qvit_jax.weights.save import (
-  hf_config,
-  how_to_build,
-  layout_of,
-  timm_arguments,
-  translate,
-)
+from qvit_jax.weights.save import layout_of, translate
 
 __all__ = [
     'LAYOUTS', 'HubUnreachableError', 'Report', 'full_path', 'hf_config',

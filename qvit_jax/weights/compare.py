@@ -6,28 +6,13 @@ from typing import Any, NoReturn
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import positions
+from qvit_jax.weights import advice, positions
 from qvit_jax.weights.keymap import KINDS, Names, collapse
 from qvit_jax.weights.layout import Row
 from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
 
 _SHOWN = 40  # problems in one message; blocks count once
-# The field that decides whether the model has a parameter.
-_FIELDS = {
-    'cls': 'model.pool', 'registers': 'model.registers',
-    'pool_norm': 'model.norm_after_pool',
-    'scale1': 'model.layer_scale', 'scale2': 'model.layer_scale',
-    'query_norm': 'model.qk_norm', 'key_norm': 'model.qk_norm',
-}  # fmt: skip
-# The same where many layers come and go together: regex of their paths.
-_NORM = re.compile(
-  r'(^|/)(norm\d_\d|(stem|expand|depthwise|project|last)_norm)/'
-)
-_GROUPS = {
-    r'^fc\d/': 'model.classifier',
-    r'^conv\d_\d/|^block_': 'model.size',
-}  # fmt: skip
 _MOST_SHAPES = 20  # lines of shapes that differ
 
 
@@ -193,16 +178,13 @@ class Comparison:
     known = {*self.ours, *self.report.reinitialised, *self.report.zeros}
     missing = [name for name in self.wanted if name not in known]
     extra = [n for n in self.ours if n not in self.wanted and n != 'cls']
-    both = all(
-      any(_NORM.search(name) for name in names)
-      for names in (self.ours, self.wanted)
-    )
-    missing, lines = _grouped({name: name for name in missing}, both)
+    both = all(map(advice.has_norms, (self.ours, self.wanted)))
+    missing, lines = advice.grouped({name: name for name in missing}, both)
     self.problems += [f'missing {line}' for line in lines]
     self.problems += [
-      f'missing {name}{_advice(name)}' for name in collapse(missing)
+      f'missing {n}{advice.of_path(n)}' for n in collapse(missing)
     ]
-    extra, lines = _grouped({n: self.ours[n][1] for n in extra}, both)
+    extra, lines = advice.grouped({n: self.ours[n][1] for n in extra}, both)
     self.problems += [f'no place for {line}' for line in lines]
     groups: dict[str, tuple[str, list[str]]] = {}
     for name in extra:
@@ -211,9 +193,8 @@ class Comparison:
       if theirs not in found:
         found.append(theirs)
     for name, found in groups.values():
-      self.problems += [
-        f'no place for {group}{_advice(name)}' for group in collapse(found)
-      ]
+      why = advice.of_path(name)
+      self.problems += [f'no place for {x}{why}' for x in collapse(found)]
     if self.names:
       self.problems += [
         f'unknown tensor {name}' for name in collapse(self.names.unknown)
@@ -319,34 +300,3 @@ def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
   out, channels, height, width = shape
   return (height, width, channels, out) if row.kind == 'conv' else shape
-
-
-def _grouped(
-  names: dict[str, str], both: bool
-) -> tuple[list[str], list[str]]:
-  """Returns paths of no group, and a line for each group of the others.
-
-  Args:
-    names: {our path: what to call it}.
-    both: Whether models there and here have norms with statistics, so that
-      norms are missing with the layers before them.
-  """
-  groups: dict[str, list[str]] = {}
-  for path in names:
-    field = next((f for p, f in _GROUPS.items() if re.search(p, path)), '')
-    if _NORM.search(path):
-      field = 'model.size' if both else 'model.batch_norm'
-    groups.setdefault(field, []).append(path)
-  rest = groups.pop('', [])
-  lines = []
-  for field, paths in groups.items():
-    more = f' and {len(paths) - 1} more' if len(paths) > 1 else ''
-    lines.append(f'{names[paths[0]]}{more} ({field} decides that)')
-  return rest, lines
-
-
-def _advice(ours: str) -> str:
-  for part in ours.split('/'):
-    if part in _FIELDS:
-      return f' ({_FIELDS[part]} decides that)'
-  return ''

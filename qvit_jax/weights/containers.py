@@ -14,7 +14,8 @@ from qvit_jax.store.entries import (
   refuse,
 )
 from qvit_jax.weights import npz_file, peft, torch_file, zip_file
-from qvit_jax.weights.facts import read_facts, read_json, read_texts
+from qvit_jax.weights.facts import read_facts, read_json
+from qvit_jax.weights.origin import read_texts
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')

@@ -9,10 +9,11 @@ import math
 import pathlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
+from qvit_jax.weights import origin
 
 _MAX_JSON = 8 * 2**20
 # Architectures of timm whose shapes fit, but which compute something else.
@@ -42,15 +43,6 @@ _UNREAD = {
     'do_resize': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
     'do_center_crop': False, 'crop_size': None, 'size': None,
 }  # fmt: skip
-# What stands before a model of timm that came from TensorFlow, which puts fewer
-# zeros around images, and its epsilon of BatchNorm.
-_FROM_TENSORFLOW = re.compile(r'^tf_')
-_BATCH_NORM_EPS = 1e-3
-# Models of timm and files of torchvision that pad as PyTorch.
-_FROM_TORCH = re.compile(
-  r'^mobilenetv2_\d|^mobilenet_v2-[0-9a-f]{8}(?:\.|$)'
-)
-_SCALE = re.compile(r'x ?/ ?(\d+(?:\.\d+)?) ?- ?1(?:\.0)?')
 _RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic')  # as PIL counts
 
 
@@ -79,10 +71,7 @@ def read_facts(
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
   """
-  facts: dict[str, Any] = {}
-  notes: list[str] = []
-  if _FROM_TORCH.search(path.name):
-    facts['padding'] = 'torch'
+  facts, notes = origin.of_name(path.name), []
   config = _object(folder / 'config.json')
   if config:
     timm = config.get('pretrained_cfg')
@@ -93,7 +82,8 @@ def read_facts(
     for part in (timm, config, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
-    facts |= _padding(config, timm)
+    for part in (timm, config):
+      facts |= origin.of_name(str(part.get('architecture', '')))
     facts |= _images(timm or config, 'mean', 'std', 'interpolation')
     names = {'token': 'token', 'avg': 'mean'}
     pool = made.get('global_pool', config.get('global_pool'))
@@ -111,35 +101,6 @@ def read_facts(
       facts |= {'mean': [0.0] * 3, 'std': [1.0] * 3}
     notes += _unread('preprocessor_config.json', images)
   return facts, [printable(note[:300]) for note in notes]
-
-
-def read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
-  """Returns what the texts in the header of a file say, as `read_facts`.
-
-  Args:
-    texts: Of a safetensors file: `padding` ('same', 'torch', or a sentence that
-      begins with 'TF SAME'), and `scale`, such as 'x/128-1'.
-  """
-  facts: dict[str, Any] = {}
-  padding = texts.get('padding', '').strip().casefold()
-  if padding.startswith(('same', 'tf same')):
-    facts['padding'] = 'same'
-  elif padding.startswith(('torch', 'symmetric')):
-    facts['padding'] = 'torch'
-  if found := _SCALE.fullmatch(texts.get('scale', '').strip()):
-    facts['mean'] = facts['std'] = [float(found[1]) / 255] * 3
-  return facts
-
-
-def _padding(config: dict[str, Any], timm: dict[str, Any]) -> dict[str, Any]:
-  """Returns how timm says that a convolutional model pads."""
-  for part in (config, timm):
-    name = str(part.get('architecture', ''))
-    if _FROM_TENSORFLOW.search(name):
-      return {'padding': 'same', 'batch_norm_eps': _BATCH_NORM_EPS}
-    if _FROM_TORCH.search(name):
-      return {'padding': 'torch'}
-  return {}
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from configs import common
 from qvit_jax.data import augment, augment_device, batches, preprocess
-from qvit_jax.data.augment_host import HostAugment, operate
+from qvit_jax.data.augment_host import METHODS, HostAugment, operate
 from qvit_jax.data.batches import StreamedSplit
 from qvit_jax.errors import ConfigError
 from tests.conftest import ROOT, make_digits_config, notes_of
@@ -175,7 +175,7 @@ def test_windows_of_the_step_are_crops_of_pillow(method):
   made = np.asarray(resize(images, box))
   for image, out, (top, left, h, w) in zip(images, made, box, strict=True):
     window = Image.fromarray(image[top : top + h, left : left + w])
-    expected = np.asarray(window.resize((8, 8), batches.METHODS[method]))
+    expected = np.asarray(window.resize((8, 8), METHODS[method]))
     assert np.abs(out.astype(np.int32) - expected).max() <= 1
     if (h, w) == (8, 8):
       np.testing.assert_array_equal(out, image[2:10, 2:10])

@@ -18,6 +18,7 @@ from qvit_jax.models.mobilenet import STAGES
 from qvit_jax.store.tensors import save_tensors
 from qvit_jax.weights import (
   cnn_layouts,
+  how_to_build,
   layout,
   layout_of,
   load_weights,
@@ -27,7 +28,7 @@ from qvit_jax.weights import (
 from qvit_jax.weights.keymap import KINDS, recognise
 from qvit_jax.weights.layout import flatten_model
 from qvit_jax.weights.layouts import LAYOUTS
-from qvit_jax.weights.save import _places, how_to_build
+from qvit_jax.weights.save import _places
 from tests.conftest import ROOT, SHARED
 from tests.small_cnns import (
   mobilenet_config,
