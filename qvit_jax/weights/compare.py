@@ -147,8 +147,7 @@ class Comparison:
   def _drop_hidden(self) -> str:
     """Leaves behind hidden layers before the head that the model has not.
 
-    Returns:
-      Why the head is of no use then; '' where there are none.
+    Returns: why the head is of no use then; '' where there are none.
     """
     hidden = [name for name in self.ours if re.match(r'fc\d/', name)]
     if not hidden or any(re.match(r'fc\d/', name) for name in self.wanted):

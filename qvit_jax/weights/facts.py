@@ -82,7 +82,7 @@ def read_facts(
     for part in (timm, config, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
-    for part in (timm, config):
+    for part in (timm, config):  # how it pads
       facts |= origin.of_name(str(part.get('architecture', '')))
     facts |= _images(timm or config, 'mean', 'std', 'interpolation')
     names = {'token': 'token', 'avg': 'mean'}

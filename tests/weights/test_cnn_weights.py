@@ -423,3 +423,56 @@ def test_the_real_mobilenet_gives_the_logits_of_torch(
   assert again.keys() == tensors.keys()
   for name, values in tensors.items():
     np.testing.assert_array_equal(again[name], values)
+
+
+# The library itself, where it is installed.
+
+
+@pytest.fixture(scope='module')
+def torchvision():
+  """The library; it may lack its compiled operators."""
+  torch = pytest.importorskip('torch', reason='torchvision needs PyTorch')
+  try:
+    import torchvision
+  except RuntimeError:
+    library = torch.library.Library('torchvision', 'DEF')
+    for operator in ('nms', 'qnms'):
+      library.define(f'{operator}(Tensor a, Tensor b, float c) -> Tensor')
+  return pytest.importorskip('torchvision', reason='not installed')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'size'),
+  [('vgg11', 224), ('vgg11_bn', 224), ('vgg16', 64),
+   ('mobilenet_v2 1.0', 224), ('mobilenet_v2 0.5', 224)],
+)  # fmt: skip
+def test_logits_are_torchvisions(torchvision, tmp_path, name, size):
+  import torch
+
+  torch.manual_seed(0)
+  kind, _, width = name.partition(' ')
+  options = {'width_mult': float(width)} if width else {}
+  model = getattr(torchvision.models, kind)(**options).eval()
+  with torch.no_grad():
+    for path, x in model.state_dict().items():
+      if path.endswith('running_mean'):
+        x.normal_(0, 0.1)
+      elif path.endswith('running_var'):
+        x.uniform_(0.5, 1.5)
+  tensors = {k: v.numpy() for k, v in model.state_dict().items()}
+  path = str(tmp_path / 'x.safetensors')
+  save_tensors(tensors, tmp_path / 'x.safetensors', form='safetensors')
+  config = paper_config(name)
+  config.model.update(image_size=size, dtype='float32')
+  variables, _ = load_weights(path, shapes(config))
+  images = np.random.default_rng(0).normal(size=(2, size, size, 3))
+  images = images.astype(np.float32)
+  made = jax.jit(models.build_model(config).apply)(variables, images)
+  with torch.no_grad():
+    theirs = model(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+  assert np.abs(made - theirs).max() < 1e-5 * np.abs(theirs).max()
+  again = translate(variables, 'torchvision')
+  assert again.keys() == tensors.keys()
+  for path, values in tensors.items():
+    np.testing.assert_array_equal(again[path], values)
