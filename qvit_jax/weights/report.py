@@ -6,6 +6,8 @@ from typing import Any
 from qvit_jax.errors import WeightsError
 from qvit_jax.weights.keymap import collapse
 
+_COUNTER = 'num_batches_tracked'  # of updates of statistics; nothing reads it
+
 
 @dataclasses.dataclass
 class Report:
@@ -84,8 +86,11 @@ class Report:
     lines += [f'adapted: {name}: {how}' for name, how in self.adapted.items()]
     lines += _by_reason('zeros', self.zeros)
     lines += _by_reason('re-initialised', self.reinitialised)
-    if self.unused:
-      lines.append(f'unused: {", ".join(collapse(self.unused))}')
+    counters = [name for name in self.unused if name.endswith(_COUNTER)]
+    if unused := [name for name in self.unused if name not in counters]:
+      lines.append(f'unused: {", ".join(collapse(unused))}')
+    if counters:
+      lines.append(f'unused: {len(counters)} times {_COUNTER}')
     return lines + [f'note: {note}' for note in self.notes]
 
   def to_json(self) -> dict[str, Any]:
