@@ -145,10 +145,7 @@ class Comparison:
           self.report.unused.append(self.ours.pop(name)[1])
 
   def _drop_hidden(self) -> str:
-    """Leaves behind hidden layers before the head that the model has not.
-
-    Returns: why the head is of no use then; '' where there are none.
-    """
+    """Leaves hidden layers behind that the model has not; returns why."""
     hidden = [name for name in self.ours if re.match(r'fc\d/', name)]
     if not hidden or any(re.match(r'fc\d/', name) for name in self.wanted):
       return ''

@@ -65,8 +65,7 @@ def read_facts(
   Returns:
     Any of `norm_eps`, `heads`, `image_size` and `patch` (a number, or [height,
     width] where they differ), `pool` ('token' or 'mean'), `padding`,
-    `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and lines on what
-    else is said.
+    `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.

@@ -435,7 +435,7 @@ def torchvision():
   """The library; it may lack its compiled operators."""
   torch = pytest.importorskip('torch', reason='torchvision needs PyTorch')
   try:
-    import torchvision
+    import torchvision  # noqa: F401
   except RuntimeError:
     library = torch.library.Library('torchvision', 'DEF')
     for operator in ('nms', 'qnms'):
