@@ -3,8 +3,9 @@
 XLA's grouped convolution is 40 times as slow on CPUs as what it is for a
 depthwise kernel: a few shifted copies of the image, each times one number a
 channel. So a depthwise product has that form there, and gradients of its own;
-accelerators get the library's. `lax.platform_dependent` chooses when a program
-is lowered, so that one exported for another machine is right too.
+accelerators get the library's. So it is with kernels larger than the image.
+`lax.platform_dependent` chooses when a program is lowered, so that one exported
+for another machine is right too.
 
 Shapes: images [b, h, w, c], kernels [kh, kw, c] of a depthwise product.
 """
@@ -47,10 +48,26 @@ def convolve(
   is_point = window.size == (1, 1) == window.strides
   if is_point and window.groups == 1 and not any(map(any, window.padding)):
     return pointwise(x, kernel[0, 0], out_dtype, precision)
-  return _library(x, kernel, window, out_dtype, precision)
+  fields = dict(window=window, out_dtype=out_dtype, precision=precision)
+  library = functools.partial(_library, **fields)
+  height, width = x.shape[1:3]
+  if window.groups == 1 and (height < window.size[0] or width < window.size[1]):
+    # Where the kernel is larger than the image XLA has no fast form on CPUs.
+    gathered = functools.partial(_gathered, **fields)
+    return jax.lax.platform_dependent(
+      x, kernel, cpu=gathered, default=library
+    )
+  return library(x, kernel)
 
 
-def _library(x, kernel, window: Window, out_dtype, precision):
+def _gathered(x, kernel, *, window: Window, out_dtype, precision):
+  """Returns the product of what each pixel sees with the kernel's matrix."""
+  seen = jnp.concatenate([seen for _, seen in _taps(x, window)], axis=-1)
+  kernel = kernel.reshape(-1, kernel.shape[-1])
+  return pointwise(seen, kernel, out_dtype, precision)
+
+
+def _library(x, kernel, *, window: Window, out_dtype, precision):
   return jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -64,7 +81,13 @@ def _library(x, kernel, window: Window, out_dtype, precision):
 
 
 def _library_depthwise(x, kernel, *, window: Window, out_dtype, precision):
-  return _library(x, kernel[:, :, None], window, out_dtype, precision)
+  return _library(
+    x,
+    kernel[:, :, None],
+    window=window,
+    out_dtype=out_dtype,
+    precision=precision,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

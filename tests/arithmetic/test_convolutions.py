@@ -25,6 +25,8 @@ CASES = [
   (5, 5, 3, 4, Window((3, 3), (2, 2), ((1, 1), (1, 1)), 1)),
   (5, 4, 3, 4, Window((1, 1))),
   (5, 4, 4, 3, Window((1, 1))),
+  (2, 2, 3, 4, Window((3, 3), (1, 1), ((1, 1), (1, 1)))),
+  (4, 1, 3, 2, Window((3, 3), (2, 2), ((1, 1), (1, 1)))),
   (5, 4, 3, 4, Window((1, 1), (2, 2))),
 ]
 
@@ -86,8 +88,9 @@ def hlo(platform, case):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
-def test_depthwise_has_a_form_for_each_platform(platform):
-  count = hlo(platform, CASES[1]).count('stablehlo.convolution')
+@pytest.mark.parametrize('case', [CASES[1], CASES[-2]], ids=['depth', 'small'])
+def test_slow_forms_of_cpus_stay_those_of_accelerators(platform, case):
+  count = hlo(platform, case).count('stablehlo.convolution')
   assert count == (0 if platform == 'cpu' else 3)
 
 
