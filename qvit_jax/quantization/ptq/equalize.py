@@ -30,7 +30,9 @@ def equalize(
   pairs: Sequence[Pair],
   highest: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Returns parameters of the same function with evener kernels.
+  """Returns parameters with evener kernels, of the same function.
+
+  But for ReLU6 whose ceiling calibration saw met: see the module.
 
   Args:
     params: Path to float32 array.
