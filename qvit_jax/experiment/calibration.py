@@ -214,7 +214,9 @@ class Calibration:
     try:
       there = _read_facts(path)
       if there is not None:
-        there.setdefault('data_digest', facts['data_digest'])  # of older files
+        # Older files lack what is newer; fields had their defaults.
+        there.setdefault('data_digest', facts['data_digest'])
+        there['data'] = _defaults('data') | there['data']
         if not facts['hessians']:
           there['hessians'] = False  # more than is wanted does no harm
       return _read_stats(path) if there == facts else None
@@ -223,6 +225,15 @@ class Calibration:
         raise
       self._say(f'calibration: anew, because of {error}')
       return None
+
+
+def _defaults(section: str) -> dict[str, Any]:
+  """Returns the default of each field of a section, as JSON values."""
+  return {
+    field.name.partition('.')[2]: json.loads(json.dumps(field.default))
+    for field in config_lib.FIELDS.values()
+    if field.section == section
+  }
 
 
 def _read_facts(path: pathlib.Path) -> dict[str, Any] | None:
