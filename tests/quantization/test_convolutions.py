@@ -17,6 +17,7 @@ from flax import traverse_util
 from qvit_jax.arithmetic import exact
 from qvit_jax.arithmetic.products import Window
 from qvit_jax.errors import QuantError
+from qvit_jax.experiment.model import Model
 from qvit_jax.ops import Ops, Site, SiteConv, SiteDense
 from qvit_jax.quantization import (
   METHODS,
@@ -35,6 +36,7 @@ from qvit_jax.quantization.methods.aqt import AqtCore
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.ptq.switch_core import SwitchCore, switches
 from tests import reference
+from tests.small_cnns import vgg_config
 from tests.small_models import normal, rich_config
 
 SAME = ((1, 1), (1, 1))
@@ -485,3 +487,10 @@ def test_the_listing_of_sites_shows_windows():
   assert plan.granularity_text() == 'per_token (4 convolutions per_image)'
   assert spec.granularity_of(plan.sites[4], 'per_token') == 'per_token'
   assert plan.by_path['stem'] == QuantSpec(4, 4)
+
+
+def test_queries_to_rectify_are_asked_for():
+  config = vgg_config()
+  config.quant.update(recipe='qvit', default='w4a4')
+  with pytest.raises(QuantError, match='this model has none. Set .*recipe=lsq'):
+    Model(config)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.learned_core import LEARNED, LearnedCore
 
@@ -79,6 +80,11 @@ class Rectifier:
 
 
 def _make_ops(quant, plan, hidden) -> Ops:
+  if not any(site.kind == 'qk' for site in plan.sites):
+    raise QuantError(
+      "quant.recipe='qvit' rectifies queries and keys; this model has none. "
+      'Set --config.quant.recipe=lsq'
+    )
   core = LearnedCore(plan, clipped=hidden)
   return Ops(core=core, rectify=Rectifier(quant.irm))
 

@@ -43,7 +43,7 @@ def transform(
     row: Its transforms are applied in the order of `solvers.SOLVERS`.
     params: Path to float32 array.
     stream: Who writes to and reads from the residual stream. None: the model
-      has none; `rows.check_model` has refused the rows that need it.
+      has none; `row_checks.check_model` has refused the rows that need it.
     observe: (transforms so far, parameters so far) -> statistics.
     seed: Of the rotations.
     pairs: Layers between which channels can be scaled; see `stream`.

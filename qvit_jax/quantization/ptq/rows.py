@@ -187,10 +187,10 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
 
 
 def _without_stream(row: Row) -> tuple[str, ...]:
-  """Returns the best composition measured where no channels can be turned.
+  """Returns the composition where no channels can be turned.
 
   Rounded kernels of few weights, such as those of depthwise convolutions, give
-  outputs of another mean, at 8 bits too.
+  outputs of another mean, at 8 bits too. Not compared with others yet.
   """
   if row.is_float:
     return ()
