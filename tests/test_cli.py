@@ -36,6 +36,26 @@ def check_mistake(result, *parts):
     assert part in err
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc')
+def test_freed_arrays_stay_with_the_process():
+  code = (
+    'import sys\n'
+    'import main, numpy\n'
+    "if sys.argv[1] == 'keep': main._keep_memory()\n"
+    'numpy.ones(2**24)\n'  # 128 MiB, gone at once
+    "pages = int(open('/proc/self/statm').read().split()[1])\n"
+    'print(pages * 4096 // 2**20)\n'
+  )
+  kept, given_back = (
+    int(subprocess.run(
+      [sys.executable, '-c', code, how], cwd=ROOT, capture_output=True,
+      text=True, check=True,
+    ).stdout)
+    for how in ('keep', 'leave')
+  )  # fmt: skip
+  assert kept > given_back + 100
+
+
 def test_help_lists_modes_and_loads_no_jax():
   code = (
     "import sys, main; assert main.main(['main.py', '--help']) == 0; "

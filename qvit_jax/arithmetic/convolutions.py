@@ -3,7 +3,7 @@
 XLA's grouped convolution is 40 times as slow on CPUs as what it is for a
 depthwise kernel: a few shifted copies of the image, each times one number a
 channel. So a depthwise product has that form there, and gradients of its own;
-accelerators get the library's. So it is with kernels larger than the image.
+accelerators get the library's. So it is with some dense products and gradients.
 `lax.platform_dependent` chooses when a program is lowered, so that one exported
 for another machine is right too.
 
@@ -13,6 +13,7 @@ Shapes: images [b, h, w, c], kernels [kh, kw, c] of a depthwise product.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from qvit_jax.arithmetic.windows import Window
 
 # Most rows that are added elementwise to one.
 _CHAIN = 8
+# Channels of an image; pixels of a small one; pixels that are gathered at once.
+_FEW, _SMALL, _ROWS = 4, 16, 2048
 
 
 def convolve(
@@ -48,16 +51,109 @@ def convolve(
   is_point = window.size == (1, 1) == window.strides
   if is_point and window.groups == 1 and not any(map(any, window.padding)):
     return pointwise(x, kernel[0, 0], out_dtype, precision)
+  if window.groups == 1:
+    return dense(x, kernel, window, out_dtype, precision)
+  return _library(
+    x, kernel, window=window, out_dtype=out_dtype, precision=precision
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def dense(
+  x: Array, kernel: Array, window: Window, out_dtype: Any, precision: Any
+) -> Array:
+  """Returns x convolved with a kernel that every channel meets.
+
+  Args:
+    x: [b, h, w, i].
+    kernel: [kh, kw, i, o], of the same dtype.
+    window: How it slides; one group.
+    out_dtype: Of sums and result; None: the operands'.
+    precision: Of products on accelerators.
+  """
   fields = dict(window=window, out_dtype=out_dtype, precision=precision)
   library = functools.partial(_library, **fields)
-  height, width = x.shape[1:3]
-  if window.groups == 1 and (height < window.size[0] or width < window.size[1]):
-    # Where the kernel is larger than the image XLA has no fast form on CPUs.
-    gathered = functools.partial(_gathered, **fields)
-    return jax.lax.platform_dependent(
-      x, kernel, cpu=gathered, default=library
+  if not _is_gathered(x, window):
+    return library(x, kernel)
+  gathered = functools.partial(_gathered, **fields)
+  return jax.lax.platform_dependent(x, kernel, cpu=gathered, default=library)
+
+
+def _is_gathered(x, window: Window) -> bool:
+  """Returns whether XLA has no fast form of a dense product on CPUs.
+
+  Where the kernel is larger than the image, and for strides over an image of
+  few channels, the first layer of many models.
+  """
+  (height, width), channels = x.shape[1:3], x.shape[-1]
+  is_larger = height < window.size[0] or width < window.size[1]
+  return is_larger or (channels <= _FEW and window.strides != (1, 1))
+
+
+def _dense_forward(x, kernel, window, out_dtype, precision):
+  y = dense(x, kernel, window, out_dtype, precision)
+  return y, (x, kernel)
+
+
+def _dense_backward(window, out_dtype, precision, operands, cotangent):
+  x, kernel = operands
+  fields = dict(window=window, out_dtype=out_dtype, precision=precision)
+
+  def library(x, kernel, cotangent):
+    product = functools.partial(_library, **fields)
+    return jax.vjp(product, x, kernel)[1](cotangent)
+
+  def by_parts(x, kernel, cotangent):
+    product = _gathered if _is_gathered(x, window) else _library
+    product = functools.partial(product, kernel=kernel, **fields)
+    return (
+      *jax.vjp(product, x)[1](cotangent),
+      _matrix_gradient(x, cotangent, window, kernel),
     )
-  return library(x, kernel)
+
+  # The library's own gradient of the kernel has the image for a window.
+  pixels = math.prod(cotangent.shape[1:3])
+  on_cpu = by_parts if pixels > _SMALL or _is_gathered(x, window) else library
+  return jax.lax.platform_dependent(
+    x, kernel, cotangent, cpu=on_cpu, default=library
+  )
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _matrix_gradient(x, cotangent, window: Window, kernel):
+  """Returns the gradient of a kernel [kh, kw, i, o].
+
+  Of a few images after the other, so that what their pixels see stays in the
+  cache.
+  """
+  b, (height, width) = len(x), cotangent.shape[1:3]
+  few = max(1, min(b, _ROWS // (height * width)))
+  few = max(n for n in range(1, few + 1) if b % n == 0)
+  # Images of one loop are not neighbours: a batch that is split over devices
+  # stays split.
+  x, cotangent = (
+    a.reshape(few, b // few, *a.shape[1:]) for a in (x, cotangent)
+  )
+
+  def add(k, total):
+    seen, given = (
+      jax.lax.dynamic_index_in_dim(a, k, axis=1, keepdims=False)
+      for a in (x, cotangent)
+    )
+    seen = jnp.concatenate([tap for _, tap in _taps(seen, window)], axis=-1)
+    return total + jax.lax.dot_general(
+      seen,
+      given.astype(seen.dtype),
+      (((0, 1, 2), (0, 1, 2)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+
+  matrix = math.prod(kernel.shape[:3]), kernel.shape[3]
+  total = jnp.zeros(matrix, jnp.float32)
+  total = jax.lax.fori_loop(0, b // few, add, total)
+  return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _gathered(x, kernel, *, window: Window, out_dtype, precision):

@@ -23,6 +23,8 @@ CASES = [
   (6, 7, 4, 6, Window((3, 3), (1, 2), ((1, 1), (1, 0)), 2)),
   (6, 6, 4, 8, Window((3, 3), (1, 1), ((1, 1), (1, 1)), 4)),
   (5, 5, 3, 4, Window((3, 3), (2, 2), ((1, 1), (1, 1)), 1)),
+  (6, 7, 5, 4, Window((3, 3), (1, 1), ((1, 1), (1, 1)))),
+  (9, 10, 5, 4, Window((3, 2), (2, 1), ((0, 1), (1, 0)))),
   (5, 4, 3, 4, Window((1, 1))),
   (5, 4, 4, 3, Window((1, 1))),
   (2, 2, 3, 4, Window((3, 3), (1, 1), ((1, 1), (1, 1)))),
@@ -66,6 +68,26 @@ def test_product_and_gradients_equal_the_reference(case):
     values(x, kernel, cotangent, window), wanted, strict=True
   ):
     np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def test_gradients_of_a_kernel_are_summed_over_parts_of_a_batch(monkeypatch):
+  window = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
+  monkeypatch.setattr(convolutions, '_ROWS', 60)  # two images of 30 pixels
+  random = np.random.default_rng(0)
+  x, kernel, cotangent = (
+    random.integers(-3, 4, shape).astype(np.float32)
+    for shape in ((6, 5, 6, 5), (3, 3, 5, 4), (6, 5, 6, 4))
+  )
+  found = values(jnp.asarray(x), kernel, jnp.asarray(cotangent), window)
+  fields = window.strides, window.padding, window.groups
+  expected = reference.gradients(x, kernel, cotangent, *fields)
+  np.testing.assert_array_equal(np.asarray(found[2]), expected[1])
+  lowered = jax.jit(values, static_argnums=3).trace(
+    x, kernel, cotangent, window
+  )
+  for platform, loops in (('cpu', 1), ('cuda', 0)):
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('stablehlo.while') == loops
 
 
 def test_half_width_operands_are_summed_in_float32():
