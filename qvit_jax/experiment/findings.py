@@ -11,7 +11,7 @@ from qvit_jax.errors import CheckpointError, ConfigError
 from qvit_jax.ops import Site, Stream
 from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.ptq import apply as ptq
-from qvit_jax.quantization.ptq.calibrate import SiteStats
+from qvit_jax.quantization.ptq.calibrate import OperandStats, SiteStats
 from qvit_jax.quantization.ptq.plans import plan_sites
 from qvit_jax.quantization.ptq.rows import Row
 from qvit_jax.quantization.spec import QuantPlan
@@ -25,6 +25,9 @@ _COLLAPSE_CLASSES = 0.25
 _COLLAPSE_AGREEMENT = 0.25
 _SUSPECTS = 3
 _BARS = 128
+# Percent of the values that lie below; the last three are where rows clip.
+_PERCENTILES = (0.1, 1, 50, 95, 99, 99.9)
+_OUTLIER = 6  # standard deviations from the mean
 
 
 def collapse(
@@ -116,6 +119,61 @@ def histograms(
         }
       )
   return found
+
+
+def activation_stats(
+  sites: Sequence[Site], stats: Mapping[str, SiteStats]
+) -> dict[str, dict[str, Any]]:
+  """Returns {site: {side: numbers}} of what calibration saw, for a file.
+
+  `low` and `high` are of every value; the rest is of the histogram's sample,
+  each value at the middle of its bin: `mean`, `std`, `percentiles`, `outliers`
+  (share of the values more than `outlier_std` deviations from the mean) and
+  the histogram itself, of `counts` in equal bins from `low` to `high`. Where
+  positions have ranges of their own, the numbers are of all of them and the
+  histogram is left out.
+
+  Args:
+    sites: All products, in the order of the file.
+    stats: Of them; operands without a histogram are left out.
+  """
+  return {
+    site.path: {
+      side: _summary(operand)
+      for side in ('lhs', 'rhs')
+      if (operand := getattr(stats[site.path], side)) is not None
+      and operand.counts is not None
+    }
+    for site in sites
+  }
+
+
+def _summary(operand: OperandStats) -> dict[str, Any]:
+  low, high = np.ravel(operand.low), np.ravel(operand.high)
+  counts = operand.counts.reshape(low.size, -1).astype(np.float64)
+  bins = (np.arange(counts.shape[1]) + 0.5) / counts.shape[1]
+  values = (low[:, None] + (high - low)[:, None] * bins).ravel()
+  weights = counts.ravel() / counts.sum()
+  mean = float(weights @ values)
+  std = float(np.sqrt(weights @ np.square(values - mean)))
+  order = np.argsort(values)
+  below = np.cumsum(weights[order])
+  at = np.searchsorted(below, np.array(_PERCENTILES) / 100)
+  found = values[order][np.minimum(at, values.size - 1)]
+  summary = {
+    'low': float(low.min()),
+    'high': float(high.max()),
+    'mean': mean,
+    'std': std,
+    'percentiles': {
+      f'{p:g}': float(x) for p, x in zip(_PERCENTILES, found, strict=True)
+    },
+    'outlier_std': _OUTLIER,
+    'outliers': float(weights @ (np.abs(values - mean) > _OUTLIER * std)),
+  }
+  if low.size == 1:
+    summary['counts'] = counts.reshape(_BARS, -1).sum(axis=1).tolist()
+  return summary
 
 
 def qat_row(

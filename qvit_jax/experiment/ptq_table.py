@@ -235,6 +235,10 @@ class Table:
       self._histograms = findings.histograms(
         self.config, static, self.sites, self.stream, stats
       )
+      path = self.place / 'activation_stats.json'
+      found = findings.activation_stats(self.sites, stats)
+      files.write_json(path, found)
+      self.say(f'activations of {len(found)} sites in {path}')
     return self._histograms
 
   def _method(self, row: Row) -> str:

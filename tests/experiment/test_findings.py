@@ -8,6 +8,8 @@ import pytest
 from qvit_jax import data as data_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import findings, first_state, qat_runs
+from qvit_jax.ops import Site
+from qvit_jax.quantization.ptq.calibrate import OperandStats, SiteStats
 from qvit_jax.report import rows
 from qvit_jax.training.loop import Progress
 from tests.conftest import make_digits_config
@@ -54,6 +56,38 @@ def test_rows_that_agree_with_float_have_not_collapsed(base):
 )
 def test_rows_that_lost_float_have_collapsed(named, base):
   assert collapsed(named, base)['collapsed']
+
+
+# What calibration saw.
+
+
+@pytest.mark.parametrize('positions', [1, 3])
+def test_numbers_of_activations_are_those_of_the_values(positions):
+  values = np.random.default_rng(0).normal(1, 2, (40_000, positions))
+  values[:40] = 90.0  # outliers
+  ends = values.min(axis=0), values.max(axis=0)
+  counts = np.stack([
+    np.histogram(x, 2048, (x.min(), x.max()))[0] for x in values.T
+  ])  # fmt: skip
+  shape = (positions,) if positions > 1 else ()
+  low, high = (end.astype(np.float32).reshape(shape) for end in ends)
+  operand = OperandStats(low, high, low, high, counts.reshape(*shape, 2048))
+  bare = OperandStats(low, high, low, high, None)
+  site = Site('fc', 'dense', (1,), (1, 1), 1)
+  stats = {'fc': SiteStats(operand, bare)}
+  found = findings.activation_stats([site], stats)
+  assert set(found['fc']) == {'lhs'}
+  one = json.loads(json.dumps(found))['fc']['lhs']
+  width = (values.max() - values.min()) / 2048
+  assert one['low'] == pytest.approx(values.min())
+  assert one['high'] == pytest.approx(90)
+  assert one['mean'] == pytest.approx(values.mean(), abs=width)
+  assert one['std'] == pytest.approx(values.std(), abs=width)
+  for percent, value in one['percentiles'].items():
+    wanted = np.percentile(values, float(percent))
+    assert value == pytest.approx(wanted, abs=2 * width)
+  assert one['outliers'] == pytest.approx(40 / 40_000)
+  assert ('counts' in one) == (positions == 1)
 
 
 # What numbers are of.

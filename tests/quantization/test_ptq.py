@@ -426,6 +426,13 @@ def test_the_table_of_a_run(trained, tmp_path, monkeypatch, capsys):
   _check_files(found, tmp_path)
   _check_report(found, result, (tmp_path / 'report.html').read_text())
   assert (tmp_path / 'figures' / 'accuracy_vs_size.png').stat().st_size > 5000
+  seen = json.loads((tmp_path / 'activation_stats.json').read_text())
+  assert list(seen) == [site['path'] for site in found['w4a4']['sites']]
+  for entry in result['histograms']:
+    side = entry['kind'].partition(' ')[2] or 'lhs'
+    one = seen[entry['site']][side]
+    assert [one['low'], one['high']] == entry['edges']
+    assert one['counts'] == entry['counts']
   assert out.count('calibration: ranges of 40 images') == 2  # plain and turned
   assert 'rule: ^patch_embed$ a8 (first layer), in rows of fewer bits' in out
   assert len(drawn) == 1  # histograms are not drawn again at every row
