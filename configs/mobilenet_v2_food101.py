@@ -33,8 +33,9 @@ def get_config(image_size='224'):
   config.ptq.calibration_examples = 4 * 64
   config.optim.clip_norm = 1.0
   if image_size == '160':
+    config.data.update(crop=0.35)
     config.optim.update(lr=1e-3, warmup_steps=20, weight_decay=0.01)
-    config.train.update(steps=300, batch_size=32, label_smoothing=0.1)
+    config.train.update(steps=400, batch_size=32, label_smoothing=0.1)
   else:
     config.optim.update(lr=1e-3, weight_decay=0.0)
     config.train.update(epochs=5, batch_size=64)

@@ -272,7 +272,10 @@ def test_a_default_row_has_no_solver_that_the_model_lacks(model):
   found = [rows.parse_row(name, has_stream=False) for name in names]
   row_checks.check_model(found, sites, models.stream(config), pairs)
   by_name = {row.name: row.solvers for row in found}
-  assert by_name['w4a4'] == ('gptq', 'bias_correction')
+  for name in ('w4a4', 'int8_static', 'int8_weight_only'):
+    assert by_name[name] == ('gptq', 'bias_correction')
+  assert by_name['w16a16'] == ('bias_correction',)
+  assert by_name['bf16'] == ()
   assert by_name['w4a4+plain'] == ()
 
 

@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from qvit_jax.arithmetic import exact
 from qvit_jax.arithmetic.products import Window
-from qvit_jax.errors import QuantError
+from qvit_jax.errors import ConfigError, QuantError
 from qvit_jax.experiment.model import Model
 from qvit_jax.ops import Ops, Site, SiteConv, SiteDense
 from qvit_jax.quantization import (
@@ -494,3 +494,24 @@ def test_queries_to_rectify_are_asked_for():
   config.quant.update(recipe='qvit', default='w4a4')
   with pytest.raises(QuantError, match='this model has none. Set .*recipe=lsq'):
     Model(config)
+
+
+@pytest.mark.parametrize(
+  ('features', 'window', 'wanted'),
+  [
+    (8, Window((3, 3), groups=2),
+     'conv has 2 groups, which do not divide its 3 input and 8 output'),
+    (8, Window((3, 3), groups=3),
+     'conv has 3 groups, which do not divide its 3 input and 8 output'),
+    (8, Window((9, 2)), 'conv slides a window of 9 x 2 over 8 x 8 pixels'),
+  ],
+)  # fmt: skip
+def test_windows_that_do_not_fit_are_refused(features, window, wanted):
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return SiteConv(features, window, Ops(), name='conv')(x)
+
+  with pytest.raises(ConfigError, match=wanted) as caught:
+    jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  assert '\n' not in str(caught.value)

@@ -11,7 +11,6 @@ from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import QuantSpec
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-STREAM_SOLVERS = tuple(n for n, s in SOLVERS.items() if s.needs_stream)
 MIXED = ('mixed_simple', 'mixed_variance', 'mixed_sensitivity')
 _FLOAT = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 _CLIPS = ('99.9', '99', '95')
@@ -187,15 +186,16 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
 
 
 def _without_stream(row: Row) -> tuple[str, ...]:
-  """Returns the composition where no channels can be turned.
+  """Returns the best composition measured where no channels can be turned.
 
   Rounded kernels of few weights, such as those of depthwise convolutions, give
-  outputs of another mean, at 8 bits too. Not compared with others yet.
+  outputs of another mean, at 8 bits too; docs/results.md.
   """
   if row.is_float:
     return ()
-  kept = tuple(s for s in row.solvers if s not in STREAM_SOLVERS)
-  return (*kept, 'bias_correction')
+  if (row.default.weights or 0) > 8:  # too fine for gptq to matter
+    return ('bias_correction',)
+  return ('gptq', 'bias_correction')
 
 
 def _weights_only(name: str, bits: int, **more: Any) -> Row:
