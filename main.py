@@ -252,8 +252,10 @@ def _keep_memory() -> None:
   page by page: as long as small convolutions take on a CPU. One heap, since
   those of threads cannot hold large blocks. Other allocators stay as they are.
   """
+  if sys.platform != 'linux':
+    return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if sys.platform == 'linux' and mallopt is not None:
+  if mallopt is not None:
     mallopt(_ARENA_MAX, 1)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
