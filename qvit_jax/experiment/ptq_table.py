@@ -38,6 +38,7 @@ from qvit_jax.store import artifacts, files
 # Images for the noise of each product, and how many are held at once.
 _NOISE_IMAGES, _NOISE_BATCH = 32, 8
 _BASELINE, _RIVAL = 'fp32', 'bf16'
+_ACTIVATIONS = 'activation_stats.json'
 
 
 @dataclasses.dataclass
@@ -167,6 +168,11 @@ class Table:
       self._write(baseline, finished)
       self.say(self._line(index, finished[-1]))
     path = page.write(self.place, self._write(baseline, finished))
+    if self._histograms is None:
+      self.say(
+        f'no {_ACTIVATIONS} is written: no row reads statistics of the model '
+        'as it is; int8_static does'
+      )
     self.say(f'report in {path}')
     return finished
 
@@ -235,7 +241,7 @@ class Table:
       self._histograms = findings.histograms(
         self.config, static, self.sites, self.stream, stats
       )
-      path = self.place / 'activation_stats.json'
+      path = self.place / _ACTIVATIONS
       found = findings.activation_stats(self.sites, stats)
       files.write_json(path, found)
       self.say(f'activations of {len(found)} sites in {path}')
