@@ -11,6 +11,9 @@ from qvit_jax.arithmetic import convolutions
 from qvit_jax.arithmetic.products import Window, multiply
 from tests import cnn_reference as reference
 
+SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
+# The first layer of many models.
+STRIDED = (5, 5, 3, 4, Window((3, 3), (2, 2), ((1, 1), (1, 1))))
 CASES = [
   # height, width, input, output channels, window
   (6, 6, 4, 4, Window((3, 3), (1, 1), ((1, 1), (1, 1)), 4)),
@@ -22,8 +25,8 @@ CASES = [
   (34, 3, 2, 2, Window((3, 3), (1, 1), ((1, 1), (1, 1)), 2)),
   (6, 7, 4, 6, Window((3, 3), (1, 2), ((1, 1), (1, 0)), 2)),
   (6, 6, 4, 8, Window((3, 3), (1, 1), ((1, 1), (1, 1)), 4)),
-  (5, 5, 3, 4, Window((3, 3), (2, 2), ((1, 1), (1, 1)), 1)),
-  (6, 7, 5, 4, Window((3, 3), (1, 1), ((1, 1), (1, 1)))),
+  STRIDED,
+  (6, 7, 5, 4, SAME),
   (9, 10, 5, 4, Window((3, 2), (2, 1), ((0, 1), (1, 0)))),
   (5, 4, 3, 4, Window((1, 1))),
   (5, 4, 4, 3, Window((1, 1))),
@@ -71,7 +74,7 @@ def test_product_and_gradients_equal_the_reference(case):
 
 
 def test_gradients_of_a_kernel_are_summed_over_parts_of_a_batch(monkeypatch):
-  window = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
+  window = SAME
   monkeypatch.setattr(convolutions, '_ROWS', 60)  # two images of 30 pixels
   random = np.random.default_rng(0)
   x, kernel, cotangent = (
@@ -103,6 +106,18 @@ def test_half_width_operands_are_summed_in_float32():
   np.testing.assert_array_equal(np.asarray(y), expected)
 
 
+def test_gradients_of_half_width_kernels_are_summed_in_float32():
+  case = (6, 7, 5, 4, SAME)
+  x, kernel, cotangent = arrays(*case, dtype='bfloat16')
+  x = x.at[0, 2, 2, 0].set(256)
+  _, dx, dk = values(x, kernel, cotangent, SAME)
+  assert (dx.dtype, dk.dtype) == ('bfloat16', 'bfloat16')
+  fields = np.asarray(cotangent), SAME.strides, SAME.padding, 1
+  expected = reference.gradients(x, kernel, *fields)
+  for found, wanted in zip((dx, dk), expected, strict=True):
+    np.testing.assert_array_equal(found, jnp.asarray(wanted, 'bfloat16'))
+
+
 def hlo(platform, case):
   window = case[-1]
   traced = jax.jit(values, static_argnums=3).trace(*arrays(*case), window)
@@ -110,7 +125,11 @@ def hlo(platform, case):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
-@pytest.mark.parametrize('case', [CASES[1], CASES[-2]], ids=['depth', 'small'])
+@pytest.mark.parametrize(
+  'case',
+  [CASES[1], CASES[-2], STRIDED],
+  ids=['depth', 'small', 'strided'],
+)
 def test_slow_forms_of_cpus_stay_those_of_accelerators(platform, case):
   count = hlo(platform, case).count('stablehlo.convolution')
   assert count == (0 if platform == 'cpu' else 3)
