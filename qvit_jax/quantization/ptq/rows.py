@@ -186,14 +186,15 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
 
 
 def _without_stream(row: Row) -> tuple[str, ...]:
-  """Returns the best composition measured where no channels can be turned.
+  """Returns the composition where no channels can be turned.
 
   Rounded kernels of few weights, such as those of depthwise convolutions, give
-  outputs of another mean, at 8 bits too; docs/results.md.
+  outputs of another mean, at 8 bits too. The best of those compared at 8 and 4
+  bits, in docs/results.md.
   """
   if row.is_float:
     return ()
-  if (row.default.weights or 0) > 8:  # too fine for gptq to matter
+  if (row.default.weights or 0) > 8:  # gptq was not compared
     return ('bias_correction',)
   return ('gptq', 'bias_correction')
 
