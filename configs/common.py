@@ -388,7 +388,7 @@ ptq
     >= 0.
   ptq.budget_gbops = 0.0
     10**9 bit operations an image; >= 0.
-  ptq.tune_steps = 200
+  ptq.tune_steps = 100
     Updates of the solver tune; >= 1.
   ptq.latency_batch = 32
     Images of a timed forward pass; >= 1.

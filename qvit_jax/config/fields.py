@@ -210,10 +210,6 @@ RANGES = Need(
   ),
   'no row of ptq.rows is static; add int8_static',
 )
-TUNES = Need(
-  lambda c: any('tune' in row for row in c.ptq.rows),
-  'no row of ptq.rows has the solver tune; add w4a4+gptq+tune',
-)
 MIXES = Need(
   lambda c: any('mixed_sensitivity' in row for row in c.ptq.rows),
   'no row of ptq.rows is mixed_sensitivity; add it',

@@ -77,6 +77,13 @@ class Table:
       raise ConfigError(
         f'ptq.rows names {", ".join(sorted(twice))} twice; leave one out'
       )
+    steps = config.ptq.tune_steps
+    usual = config_lib.FIELDS['ptq.tune_steps'].default
+    if steps != usual and not any('tune' in row.solvers for row in self.rows):
+      raise ConfigError(
+        f'ptq.tune_steps={steps} would have no effect: no row of ptq.rows has '
+        'the solver tune; add w4a4+gptq+tune, or leave ptq.tune_steps out'
+      )
     self.sites = experiment.model.plan.sites
     check_model(self.rows, self.sites, self.stream, self.pairs)
     self.products = sensitivity.products(config, self.sites)

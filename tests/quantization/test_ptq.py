@@ -602,6 +602,13 @@ def test_rows_are_not_asked_for_twice(trained, tmp_path):
     modes.run('ptq', ptq_config(trained, 'w8a8', 'w8a8'), str(tmp_path))
 
 
+def test_updates_of_tune_need_a_row_that_is_tuned(trained, tmp_path):
+  config = ptq_config(trained, 'w8a8', 'w4a4')
+  config.ptq.tune_steps = 3
+  with pytest.raises(ConfigError, match=r'=3 would have no effect.*add w4a4'):
+    modes.run('ptq', config, str(tmp_path))
+
+
 def test_a_folder_without_training_is_no_qat_run(trained, tmp_path):
   config = ptq_config(trained, 'w8a8')
   for place in (tmp_path / 'nothing', trained):  # the second is in float

@@ -7,7 +7,6 @@ from qvit_jax.config.fields import (
   ONE_UP,
   RANGES,
   STATIC,
-  TUNES,
   ZERO_UP,
   Field,
   names,
@@ -81,9 +80,8 @@ FIELDS = (
     needs=(MIXES,),
   ),
   Field(
-    'ptq.tune_steps', 200, ONE_UP,
+    'ptq.tune_steps', 100, ONE_UP,
     'Updates of the solver tune; >= 1.',
-    needs=(TUNES,),
   ),
   Field(
     'ptq.latency_batch', 32, ONE_UP,

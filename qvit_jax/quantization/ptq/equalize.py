@@ -6,10 +6,10 @@ divided by s before it and multiplied by s behind: the function stays.
 
 A ReLU6 is constant beyond its ceiling of 6, and a channel that is divided by s
 meets it at 6 s of before. No channel is stretched until what calibration saw of
-it meets the ceiling. One that reached it may still shrink: then more passes
-than before, up to 6 s, where Nagel et al., who put ReLUs in place of ReLU6,
-let everything pass. Where calibration saw only a mean over the image of what
-the activation gives, no channel is touched.
+it meets the ceiling, and one that calibration saw there stays as it is: Nagel
+et al. put ReLUs in place of ReLU6 first, which lets more pass than before.
+Where calibration saw only a mean over the image of what the activation gives,
+no channel is touched.
 
 Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1, equation 11.
 """
@@ -32,7 +32,7 @@ def equalize(
 ) -> dict[str, np.ndarray]:
   """Returns parameters with evener kernels, of the same function.
 
-  But for ReLU6 whose ceiling calibration saw met: see the module.
+  But for values beyond a ReLU6's ceiling that calibration did not see.
 
   Args:
     params: Path to float32 array.
@@ -45,10 +45,15 @@ def equalize(
     pair.second: np.maximum(highest[pair.second], 0).astype(np.float64)
     for pair in pairs
   }
+  free = {
+    pair.second: pair.ceiling is None
+    or seen[pair.second] < pair.ceiling * (1 - 1e-6)
+    for pair in pairs
+  }
   for _ in range(_ROUNDS):
     moved = 0.0
     for pair in pairs:
-      s = _factors(p, pair, seen[pair.second])
+      s = _factors(p, pair, seen[pair.second], free[pair.second])
       scale_pair(p, pair, s)
       seen[pair.second] = _per_channel(seen[pair.second], len(s)) / s
       moved = max(moved, np.abs(s - 1).max())
@@ -57,20 +62,37 @@ def equalize(
   return {name: x.astype(np.float32) for name, x in p.items()}
 
 
-def _factors(p, pair: Pair, highest) -> np.ndarray:
-  """Returns what each channel is divided by before the activation, [c]."""
+def _factors(p, pair: Pair, highest, free) -> np.ndarray:
+  """Returns what each channel is divided by before the activation, [c].
+
+  Args:
+    p: Parameters by path.
+    pair: Two layers.
+    highest: The largest value of each input of the second.
+    free: Which of them may be scaled at all.
+  """
   first = p[f'{pair.first}/kernel']
   width = first.shape[-1]
   before = np.abs(first).reshape(-1, width).max(axis=0)
   behind = channel_rows(p[f'{pair.second}/kernel'], width).max(axis=0)
-  alive = (before > 0) & (behind > 0)
-  s = np.where(alive, np.sqrt(before / np.where(alive, behind, 1)), 1)
+  s = np.sqrt(_present(before) / _present(behind))
   if pair.ceiling is None:
     return s
   if pair.has_mean:
     return np.ones_like(s)
-  highest = _per_channel(highest, width)
-  return np.maximum(s, highest / pair.ceiling)
+  s = np.maximum(s, _per_channel(highest, width) / pair.ceiling)
+  return np.where(free.reshape(-1, width).all(axis=0), s, 1)
+
+
+def _present(ranges: np.ndarray) -> np.ndarray:
+  """Returns ranges with the usual one where a channel has none.
+
+  What is behind a channel that is always 0, or before one that nothing reads,
+  may have any size and would decide the scale of the whole kernel.
+  """
+  there = ranges > 0
+  usual = np.median(ranges[there]) if there.any() else 1.0
+  return np.where(there, ranges, usual)
 
 
 def _per_channel(values: np.ndarray, width: int) -> np.ndarray:

@@ -194,9 +194,11 @@ def _without_stream(row: Row) -> tuple[str, ...]:
   """
   if row.is_float:
     return ()
-  if (row.default.weights or 0) > 8:  # gptq was not compared
+  weights = row.default.weights or 0
+  if weights > 8:  # gptq was not compared
     return ('bias_correction',)
-  return ('gptq', 'bias_correction')
+  tuned = ('tune',) if 0 < weights <= 4 else ()
+  return ('gptq', 'bias_correction', *tuned)
 
 
 def _weights_only(name: str, bits: int, **more: Any) -> Row:
