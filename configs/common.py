@@ -39,6 +39,11 @@ model
   model.norm_after_pool = False
     The last norm stands behind the pooling (MAE's fc_norm); not with
     'token_mean'.
+  model.pre_norm = False
+    A norm stands before the blocks, behind the positions (CLIP).
+  model.activation = 'gelu'
+    Between the layers of an MLP: 'gelu' (exact) | 'gelu_tanh' (SigLIP) |
+    'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP). No tensor shows it.
   model.registers = 0
     Tokens after the class token that no patch fills: registers, or the
     distillation token of DeiT; >= 0.

@@ -69,7 +69,8 @@ class Stream:
   Attributes:
     tokens: Parameters that lie in it: [..., d].
     writers: Layers whose outputs are added to it, each with the LayerScale
-      that multiplies the output ('' where there is none).
+      that multiplies the output ('' where there is none). No tokens and no
+      writers where something that cannot be turned enters it.
     readers: Norms, each with the layers that read its output.
     values: (value, out) layers of each attention.
     queries: (query, key) layers of each attention whose products may be turned

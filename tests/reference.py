@@ -98,20 +98,36 @@ def attention(x, params, eps):
   return out + params['out']['bias']
 
 
-def mlp(x, params):
-  x = gelu(x @ params['fc1']['kernel'] + params['fc1']['bias'])
+def gelu_tanh(x):
+  inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+  return x * 0.5 * (1 + np.tanh(inner))
+
+
+def quick_gelu(x):
+  return x / (1 + np.exp(-1.702 * x))
+
+
+ACTIVATIONS = {'gelu': gelu, 'gelu_tanh': gelu_tanh, 'quick_gelu': quick_gelu}
+
+
+def mlp(x, params, activation='gelu'):
+  x = x @ params['fc1']['kernel'] + params['fc1']['bias']
+  x = ACTIVATIONS[activation](x)
   return x @ params['fc2']['kernel'] + params['fc2']['bias']
 
 
-def block(x, params, eps, keep=(1.0, 1.0)):
+def block(x, params, eps, keep=(1.0, 1.0), activation='gelu'):
   """Pre-norm block; `keep` multiplies its two branches (stochastic depth)."""
   y = attention(layer_norm(x, params['norm1'], eps), params['attn'], eps)
   x = x + keep[0] * params.get('scale1', 1) * y
-  y = mlp(layer_norm(x, params['norm2'], eps), params['mlp'])
+  y = layer_norm(x, params['norm2'], eps)
+  y = mlp(y, params['mlp'], activation)
   return x + keep[1] * params.get('scale2', 1) * y
 
 
-def vit(params, images, *, patch, pool, eps=1e-6, keep=None):
+def vit(
+  params, images, *, patch, pool, eps=1e-6, keep=None, activation='gelu'
+):
   """Returns logits; `keep` gives the factors of the blocks' branches."""
   params = _float64(params)
   images = np.asarray(images, np.float64)
@@ -121,11 +137,13 @@ def vit(params, images, *, patch, pool, eps=1e-6, keep=None):
   first = [np.repeat(tokens, len(x), axis=0) for tokens in first]
   x = np.concatenate([*first, x], axis=1)
   x = x + params['pos_embed']
+  if 'pre_norm' in params:
+    x = layer_norm(x, params['pre_norm'], eps)
   encoder = params['encoder']
   depth = sum(name.startswith('block_') for name in encoder)
   for i in range(depth):
     factors = keep[i] if keep else (1.0, 1.0)
-    x = block(x, encoder[f'block_{i:02d}'], eps, factors)
+    x = block(x, encoder[f'block_{i:02d}'], eps, factors, activation)
   if 'norm' in encoder:
     x = layer_norm(x, encoder['norm'], eps)
   x = x[:, 0] if pool == 'token' else x[:, num_first:].mean(axis=1)

@@ -110,7 +110,7 @@ class Table:
     for note in (
       *check_groups(self.rows, self.sites),
       *scale_notes(self.rows, self.sites, config.ptq.scales),
-      *solver_notes(self.rows, self.sites),
+      *solver_notes(self.rows, self.sites, self.stream),
     ):
       say(f'note: {note}')
     for line in self._rule_lines():

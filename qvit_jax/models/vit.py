@@ -4,10 +4,12 @@ Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words",
 arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
 arXiv:2103.17239. Registers: Darcet et al. 2023, arXiv:2309.16588. Query/key
 norm: Dehghani et al. 2023, arXiv:2302.05442. Stochastic depth: Huang et al.
-2016, arXiv:1603.09382.
+2016, arXiv:1603.09382. Norm before the blocks: CLIP, Radford et al. 2021,
+arXiv:2103.00020. Activations: Hendrycks and Gimpel 2016, arXiv:1606.08415.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +26,13 @@ SIZES = {
   'S': (384, 12, 6, 1536),
   'B': (768, 12, 12, 3072),
   'L': (1024, 24, 16, 4096),
+}
+
+# Between the layers of the MLP: x Phi(x), and its two approximations.
+ACTIVATIONS = {
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 # Which axis of a parameter `mesh.tensor` splits: heads, or hidden channels.
@@ -47,8 +56,10 @@ class Options:
   heads: int
   mlp_dim: int
   num_classes: int
+  activation: str = 'gelu'
   pool: str = 'token'
   norm_after_pool: bool = False
+  pre_norm: bool = False
   registers: int = 0
   layer_scale: float = 0.0
   qk_norm: bool = False
@@ -128,7 +139,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with the exact (erf) GELU between them."""
+  """Two layers with an activation between them."""
 
   o: Options
   ops: Ops
@@ -140,7 +151,7 @@ class Mlp(nn.Module):
     """Returns tokens of the input's width."""
     o = self.o
     x = SiteDense((o.mlp_dim,), self.ops, dtype=o.dtype, name='fc1')(x)
-    x = nn.gelu(x, approximate=False)  # [b, n, f]
+    x = ACTIVATIONS[o.activation](x)  # [b, n, f]
     x = nn.Dropout(o.dropout, deterministic=not train)(x)
     return SiteDense((o.width,), self.ops, dtype=o.dtype, name='fc2')(x)
 
@@ -227,6 +238,8 @@ class ViT(nn.Module):
     pos = self.param('pos_embed', init, (1, *x.shape[1:]), jnp.float32)
     x = x + pos.astype(x.dtype)
     x = nn.Dropout(o.embedding_dropout, deterministic=not train)(x)
+    if o.pre_norm:
+      x = _norm(o, 'pre_norm')(x).astype(x.dtype)
     x = Encoder(o, self.ops, name='encoder')(x, train)
     token, mean = x[:, 0], x[:, num_first:].mean(axis=1)  # [b, d] each
     if o.pool == 'token_mean':
@@ -294,8 +307,10 @@ def architecture(model) -> dict[str, Any]:
       for name in ('name', 'image_size', 'num_classes', 'pool', 'registers',
                    'qk_norm', 'norm_eps')
   } | {'layer_scale': bool(model.layer_scale)} | (
-      # Newer than the first files, which lack it: named where it is on.
-      {'norm_after_pool': True} if model.norm_after_pool else {}
+      # Newer than the first files, which lack them: named where they are on.
+      {name: True for name in ('norm_after_pool', 'pre_norm') if model[name]}
+  ) | (
+      {} if model.activation == 'gelu' else {'activation': model.activation}
   )  # fmt: skip
 
 
@@ -309,7 +324,11 @@ def title(model) -> str:
 
 
 def stream(model) -> Stream:
-  """Returns who writes to and reads from the residual stream."""
+  """Returns who writes to and reads from the residual stream.
+
+  It cannot be turned where a norm stands before the blocks: what that scales
+  enters it by no product.
+  """
   blocks = [
     f'encoder/block_{i:02d}' for i in range(resolve_shape(model)['depth'])
   ]
@@ -330,8 +349,8 @@ def stream(model) -> Stream:
   # A norm commutes with turning wherever it stands, and so does the mean.
   last = 'pool_norm' if model.norm_after_pool else 'encoder/norm'
   return Stream(
-    tokens=('cls', 'registers', 'pos_embed'),
-    writers=tuple(writers),
+    tokens=() if model.pre_norm else ('cls', 'registers', 'pos_embed'),
+    writers=() if model.pre_norm else tuple(writers),
     readers=(*readers, (last, ('head',))),
     values=tuple((f'{b}/attn/value', f'{b}/attn/out') for b in blocks),
     queries=tuple((f'{b}/attn/query', f'{b}/attn/key') for b in turned),
@@ -366,10 +385,10 @@ FAMILY = Family(
   reads=tuple(
     f'model.{name}'
     for name in (
-        'patch', 'width', 'depth', 'heads', 'mlp_dim', 'pool',
-        'norm_after_pool', 'registers', 'layer_scale', 'qk_norm', 'norm_eps',
-        'dropout', 'attention_dropout', 'embedding_dropout', 'head_dropout',
-        'stochastic_depth', 'remat',
+        'patch', 'width', 'depth', 'heads', 'mlp_dim', 'activation', 'pool',
+        'norm_after_pool', 'pre_norm', 'registers', 'layer_scale', 'qk_norm',
+        'norm_eps', 'dropout', 'attention_dropout', 'embedding_dropout',
+        'head_dropout', 'stochastic_depth', 'remat',
     )
   ),  # fmt: skip
   stream=stream,

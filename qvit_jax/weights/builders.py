@@ -29,6 +29,8 @@ def timm_arguments(
       'mlp_ratio': shape['mlp_dim'] / shape['width'],
       'global_pool': 'token' if shape['pool'] == 'token' else 'avg',
       'fc_norm': shape.get('norm_after_pool', False),
+      'pre_norm': shape.get('pre_norm', False),
+      'act_layer': shape.get('activation', 'gelu'),
       'class_token': has_cls, 'reg_tokens': shape['registers'],
       'no_embed_class': has_others and tensors['pos_embed'].shape[1] == grid,
       'qkv_bias': 'blocks.0.attn.qkv.bias' in tensors,
@@ -37,6 +39,7 @@ def timm_arguments(
   }  # fmt: skip
   usual = {
       'mlp_ratio': 4.0, 'global_pool': 'token', 'fc_norm': False,
+      'pre_norm': False, 'act_layer': 'gelu',
       'class_token': True, 'reg_tokens': 0, 'no_embed_class': False,
       'qkv_bias': True, 'qk_norm': False, 'init_values': None,
   }  # fmt: skip

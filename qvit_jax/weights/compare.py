@@ -42,8 +42,11 @@ class Comparison:
     )
     if names:
       self.ours = names.ours
-      if names.layout.norm_eps is not None:
-        source.facts.setdefault('norm_eps', names.layout.norm_eps)
+      usual = names.layout.norm_eps
+      if 'pre_norm/scale' in names.ours:
+        usual = names.layout.pre_norm_eps
+      if usual is not None:
+        source.facts.setdefault('norm_eps', usual)
       bias = names.ours.get('encoder/block_00/attn/query/bias')
       if bias and bias[0].kind == 'same':  # its axes are ours: heads, channels
         shape = source.entries[bias[1]].shape

@@ -17,13 +17,20 @@ from qvit_jax.weights import origin
 
 _MAX_JSON = 8 * 2**20
 # Architectures of timm whose shapes fit, but which compute something else.
-_OTHERWISE = {
-    'norms behind the branches': '_rpn_',
-    'a GELU by tanh': 'base_patch32_siglip_gap|giantopt_patch16_siglip_gap|'
-                      'so400m_patch16_siglip_gap|large_patch16_siglip_gap_512',
-    'a quick GELU': 'quickgelu',
+_OTHERWISE = {'norms behind the branches': '_rpn_'}
+# Names of activations, and of timm's models with one that is not its usual.
+_ACTIVATIONS = {
+    'gelu': 'gelu', 'gelu_erf': 'gelu', 'nn.GELU': 'gelu', 'GELU': 'gelu',
+    'gelu_tanh': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
+    'gelu_new': 'gelu_tanh', 'GELUTanh': 'gelu_tanh',
+    'quick_gelu': 'quick_gelu', 'QuickGELU': 'quick_gelu',
+    'quickgelu': 'quick_gelu',
 }  # fmt: skip
-_GELU = (None, 'gelu', 'gelu_erf', 'nn.GELU', 'GELU')
+_OF_TIMM = {
+    'gelu_tanh': 'base_patch32_siglip_gap|giantopt_patch16_siglip_gap|'
+                 'so400m_patch16_siglip_gap|large_patch16_siglip_gap_512',
+    'quick_gelu': 'quickgelu',
+}  # fmt: skip
 # Their name -> ours, for numbers.
 _NUMBERS = {
     'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads',
@@ -63,9 +70,10 @@ def read_facts(
     path: The weights, for messages.
 
   Returns:
-    Any of `norm_eps`, `heads`, `image_size` and `patch` (a number, or [height,
-    width] where they differ), `pool` ('token' or 'mean'), `padding`,
-    `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and other lines.
+    Any of `norm_eps`, `heads`, `activation`, `image_size` and `patch` (a
+    number, or [height, width] where they differ), `pool` ('token' or 'mean'),
+    `padding`, `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and
+    other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
@@ -77,7 +85,7 @@ def read_facts(
     timm = timm if isinstance(timm, dict) else {}
     made = config.get('model_args')  # how the model was built: it counts
     made = made if isinstance(made, dict) else {}
-    _check_activation(path, config, made)
+    facts |= _activation(path, config, made)
     for part in (timm, config, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
@@ -115,16 +123,32 @@ def computes_otherwise(architecture: Any) -> str:
   return ''
 
 
-def _check_activation(path: pathlib.Path, config: dict, made: dict) -> None:
-  for where, name in ((config, 'hidden_act'), (made, 'act_layer')):
-    if where.get(name) not in _GELU:
+def activation_of(architecture: Any) -> str:
+  """Returns the activation of a model of timm, by its name."""
+  for ours, pattern in _OF_TIMM.items():
+    if re.search(pattern, str(architecture)):
+      return ours
+  return 'gelu'
+
+
+def _activation(
+  path: pathlib.Path, config: dict, made: dict
+) -> dict[str, Any]:
+  """Returns {'activation': ours} where something tells it, or nothing."""
+  name = str(config.get('architecture', ''))[:80]
+  facts = {'activation': activation_of(name)} if name.startswith('vit_') else {}
+  for where, key in ((config, 'hidden_act'), (made, 'act_layer')):
+    theirs = where.get(key)
+    if theirs is None:
+      continue
+    if str(theirs) not in _ACTIVATIONS:
       refuse(
         path,
-        f'its config.json says {name}={where[name]!r}; only the exact '
-        "'gelu' is supported",
+        f'its config.json says {key}={theirs!r}; known are '
+        f'{", ".join(_ACTIVATIONS)}',
         'choose other weights',
       )
-  name = str(config.get('architecture', ''))[:80]
+    facts['activation'] = _ACTIVATIONS[str(theirs)]
   if what := computes_otherwise(name):
     refuse(
       path,
@@ -132,6 +156,7 @@ def _check_activation(path: pathlib.Path, config: dict, made: dict) -> None:
       'not supported',
       'choose other weights',
     )
+  return facts
 
 
 def _is_number(value: Any) -> bool:

@@ -51,6 +51,8 @@ class KeyMap:
     resize: Key of `adapt.RESIZES`: how its own library resizes positions.
     resize_with_registers: The same for models with registers, if it differs.
     norm_eps: Epsilon of LayerNorm in its library; None where there is none.
+    pre_norm_eps: The same of models with a norm before the blocks, whose patch
+      embedding has no bias there; None where the layout has no such models.
     pools: What its models can have as `model.pool`; () where they have no such
       choice.
     counters: Whether norms with statistics count their updates.
@@ -74,6 +76,7 @@ class KeyMap:
   resize: str = 'timm'
   resize_with_registers: str = ''
   norm_eps: float | None = 1e-6
+  pre_norm_eps: float | None = None
   pools: tuple[str, ...] = ('token',)
   registers: int | None = 0
   biases: bool = False

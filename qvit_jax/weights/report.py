@@ -49,7 +49,7 @@ class Report:
       shape: As `models.architecture` gives it.
 
     Raises:
-      WeightsError: The number of heads differs.
+      WeightsError: The number of heads, or the activation, differs.
     """
     facts, notes = self.facts, []
     heads = shape.get('heads')  # a model without attention has none
@@ -63,6 +63,8 @@ class Report:
       notes.append(
         f'the file does not tell its attention heads: {heads} assumed'
       )
+    if heads:
+      notes += self._compare_activation(shape)
     there, here = facts.get('norm_eps'), shape.get('norm_eps')
     if None not in (there, here) and there != here:
       notes.append(
@@ -73,6 +75,17 @@ class Report:
     if None not in (there, here) and there != here:
       notes.append(f'model.pool was {there} there, {here} here')
     return notes
+
+  def _compare_activation(self, shape: dict[str, Any]) -> list[str]:
+    there, here = self.facts.get('activation'), shape.get('activation', 'gelu')
+    if there is None and shape.get('pre_norm'):  # CLIPs have one or the other
+      return [f'the file does not tell its activation: {here} assumed']
+    if there not in (None, here):
+      raise WeightsError(
+        f'weights {self.source} are of a model with activation {there!r}, but '
+        f'model.activation={here!r}; set --config.model.activation={there}'
+      )
+    return []
 
   def lines(self) -> list[str]:
     """Returns the report for the terminal."""

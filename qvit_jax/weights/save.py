@@ -41,6 +41,8 @@ def translate(
   layout = layout_of(layout, ours)
   keymap = LAYOUTS[layout]
   _check_model(ours, layout, pool or _pool_of(ours))
+  if 'pre_norm/scale' in ours and keymap.pre_norm_eps is not None:
+    _fold_patch_bias(ours)
   biases = [name for name in ours if _OPTIONAL.search(name)]
   if not keymap.biases and not any(ours[name].any() for name in biases):
     ours = {name: x for name, x in ours.items() if name not in biases}
@@ -170,6 +172,18 @@ def _other_layouts(ours: dict[str, np.ndarray], pool: str) -> str:
     'no layout can hold it; --config.export.format=packed keeps a quantized '
     'run whole'
   )
+
+
+def _fold_patch_bias(ours: dict[str, np.ndarray]) -> None:
+  """Adds the bias of the patches to their positions: the layout has none."""
+  bias = ours.pop('patch_embed/bias')
+  if bias.any():
+    first = ('cls' in ours) + (
+      ours['registers'].shape[1] if 'registers' in ours else 0
+    )
+    positions = ours['pos_embed'].copy()
+    positions[:, first:] += bias
+    ours['pos_embed'] = positions
 
 
 def _fold_positions(ours: dict[str, np.ndarray], slots: str) -> None:

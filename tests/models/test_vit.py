@@ -14,7 +14,7 @@ from qvit_jax import models, tree
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import vit
 from qvit_jax.ops import FloatCore, Ops
-from qvit_jax.quantization.ptq import rotate
+from qvit_jax.quantization.ptq import rotate, row_checks, rows
 from tests import reference
 
 GOLDEN_PARAMETERS = {
@@ -162,6 +162,9 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(pool='patch_mean', norm_after_pool=True),
     dict(pool='mean', norm_after_pool=True, registers=2, norm_eps=0.1),
     dict(pool='token', norm_after_pool=True),
+    dict(pre_norm=True, activation='quick_gelu'),
+    dict(pre_norm=True, pool='mean', registers=2, norm_after_pool=True),
+    dict(activation='gelu_tanh', layer_scale=0.1),
   ],
   ids=str,
 )
@@ -170,7 +173,7 @@ def test_logits_equal_the_reference(fields):
   variables = variables_of(config)
   expected = reference.vit(
     variables['params'], images_of(config), patch=4, pool=config.model.pool,
-    eps=config.model.norm_eps,
+    eps=config.model.norm_eps, activation=config.model.activation,
   )  # fmt: skip
   assert_close(logits_of(config, variables), expected)
 
@@ -195,8 +198,10 @@ def test_options_add_only_their_own_parameters():
 
 def test_the_architecture_is_that_of_old_files_where_nothing_new_is_on():
   """Runs and packed files that know no `norm_after_pool` still open."""
-  assert 'norm_after_pool' not in models.architecture(tiny())
-  assert models.architecture(tiny(norm_after_pool=True))['norm_after_pool']
+  new = {'norm_after_pool': True, 'pre_norm': True, 'activation': 'gelu_tanh'}
+  plain = models.architecture(tiny())
+  assert not new.keys() & plain.keys()
+  assert models.architecture(tiny(**new)) == plain | new
 
 
 def test_a_norm_behind_two_pooled_tokens_is_refused():
@@ -225,6 +230,28 @@ def test_a_norm_behind_the_pooling_is_folded_and_turned(fields):
     assert np.abs(turned[name] - params[name]).max() > 0.1
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}
   assert_close(logits_of(config, variables), logits_of(config), 1e-4)
+
+
+def test_behind_a_norm_before_the_blocks_the_heads_alone_are_turned():
+  config = tiny(depth=2, pre_norm=True, activation='quick_gelu')
+  params = {
+    name: np.asarray(x)
+    for name, x in tree.flatten(variables_of(config)['params']).items()
+  }
+  stream = models.stream(config)
+  turned = rotate.turn(rotate.fold_norms(params, stream), stream, seed=0)
+  assert np.abs(turned[f'{BLOCK}/attn/value/kernel'] - params[
+    f'{BLOCK}/attn/value/kernel']).max() > 0.1  # fmt: skip
+  for name in ('patch_embed/kernel', 'pre_norm/scale', 'pos_embed', 'cls'):
+    np.testing.assert_array_equal(turned[name], params[name])
+  variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}
+  assert_close(logits_of(config, variables), logits_of(config), 1e-4)
+  row, plain = rows.parse_row('w4a4'), rows.parse_row('w4a4+gptq')
+  sites = models.list_sites(config)
+  assert row_checks.solver_notes([row, plain], sites, stream) == [
+    'w4a4: rotate turns the heads alone, as a norm stands before the blocks'
+  ]
+  assert row_checks.solver_notes([row], sites, models.stream(tiny())) == []
 
 
 def test_logits_of_an_image_do_not_depend_on_the_batch():

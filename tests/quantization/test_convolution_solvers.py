@@ -224,7 +224,7 @@ def test_wide_layers_are_rounded_in_parts(monkeypatch):
     alone = gptq.round_by_outputs(w[part], seen.T @ seen, full[part], bits=3)
     np.testing.assert_array_equal(packed.codes[part], alone)
   site = Site('wide', 'dense', (60,), (60, 4), 240)
-  assert row_checks.solver_notes([row], [site]) == [
+  assert row_checks.solver_notes([row], [site], None) == [
     'wide has 60 inputs, which gptq rounds in 2 parts'
   ]
 

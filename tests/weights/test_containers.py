@@ -370,12 +370,12 @@ def test_a_folder_with_two_files_asks_which(tmp_path):
   refusal(tmp_path, 'a.npz, b.npz: name one')
 
 
-def test_another_activation_is_refused(tmp_path):
+def test_an_unknown_activation_is_refused(tmp_path):
   (tmp_path / 'model.safetensors').write_bytes(
     FILES['safetensors'].read_bytes()
   )
-  (tmp_path / 'config.json').write_text('{"hidden_act": "quick_gelu"}')
-  refusal(tmp_path / 'model.safetensors', 'quick_gelu')
+  (tmp_path / 'config.json').write_text('{"hidden_act": "relu"}')
+  refusal(tmp_path / 'model.safetensors', 'relu')
 
 
 def mutate(content, rng):

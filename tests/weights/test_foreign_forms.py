@@ -10,12 +10,13 @@ import shutil
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from configs import common
-from qvit_jax import tree
+from qvit_jax import models, tree
 from qvit_jax.errors import ExportError, WeightsError
 from qvit_jax.store.tensors import save_tensors
 from qvit_jax.weights import LAYOUTS, load_weights, translate
@@ -377,14 +378,42 @@ def test_what_nothing_reads_is_said(tmp_path):
   ('config', 'part'),
   [
     ({'architecture': 'vit_base_patch16_rpn_224'}, 'norms behind'),
-    ({'architecture': 'vit_so400m_patch16_siglip_gap_256'}, 'GELU by tanh'),
-    ({'model_args': {'act_layer': 'gelu_tanh'}}, 'act_layer'),
+    ({'hidden_act': 'relu'}, "hidden_act='relu'; known are gelu"),
   ],
 )
 def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
   folder = hf_folder(tmp_path / 'w', **config)
   with pytest.raises(WeightsError, match=part):
     load_weights(str(folder), shapes_of(make_config()))
+
+
+@pytest.mark.parametrize(
+  ('config', 'wanted'),
+  [
+    ({'hidden_act': 'gelu'}, 'gelu'),
+    ({'hidden_act': 'quick_gelu'}, 'quick_gelu'),
+    ({'hidden_act': 'gelu_pytorch_tanh'}, 'gelu_tanh'),
+    ({'model_args': {'act_layer': 'gelu_tanh'}}, 'gelu_tanh'),
+    ({'hidden_act': None, 'architecture': 'vit_small_patch16_224'}, 'gelu'),
+    ({'hidden_act': None, 'architecture': 'vit_so400m_patch16_siglip_gap_256'},
+     'gelu_tanh'),
+    ({'hidden_act': None,
+      'architecture': 'vit_base_patch16_clip_quickgelu_224'}, 'quick_gelu'),
+  ],
+)  # fmt: skip
+def test_the_activation_is_told_and_compared(config, wanted, tmp_path):
+  folder = hf_folder(tmp_path / 'w', **config)
+  _, report = load_weights(str(folder), shapes_of(make_config()))
+  assert report.facts['activation'] == wanted
+  shape = models.architecture(make_config(activation=wanted))
+  report.compare(shape)
+  other = 'gelu' if wanted == 'quick_gelu' else 'quick_gelu'
+  with pytest.raises(
+    WeightsError,
+    match=f"with activation '{wanted}', but model.activation='{other}'; set "
+    f'--config.model.activation={wanted}$',
+  ):
+    report.compare(models.architecture(make_config(activation=other)))
 
 
 @pytest.mark.parametrize(
@@ -445,6 +474,8 @@ OPTIONS = {
     'qk_norm': (False, True),
     'class_position': (True, False),
     'qkv_bias': (True, False),
+    'pre_norm': (False, True),
+    'activation': ('gelu', 'gelu_tanh', 'quick_gelu'),
 }  # fmt: skip
 
 
@@ -482,6 +513,8 @@ def random_model(case, **fields):
   params['pos_embed'][:, first : first + count] = 0
   if first and (count or not has_position):
     params['pos_embed'][:, 0] = 0
+  if config.model.pre_norm:  # such patches have no bias
+    params['patch_embed/bias'] = np.zeros_like(params['patch_embed/bias'])
   for name in params:
     if not has_bias and re.search('/(query|key|value)/bias', name):
       params[name] = np.zeros_like(params[name])
@@ -519,10 +552,40 @@ def test_pairs_of_options_are_written_and_read_back_or_refused(case, tmp_path):
       assert 'no layout can hold it' in message
 
 
+@pytest.mark.parametrize('registers', [0, 2])
+def test_a_trained_bias_of_patches_goes_into_positions(registers, tmp_path):
+  """CLIP's patches have none in timm; the function stays."""
+  config, params = random_model(
+    dict.fromkeys(OPTIONS, False)
+    | {'pool': 'token', 'registers': registers, 'layer_scale': 0.0}
+    | {'activation': 'quick_gelu', 'pre_norm': True, 'qkv_bias': True}
+  )
+  params['patch_embed/bias'] = np.linspace(-1, 1, 12, dtype=np.float32)
+  written = translate(tree.nest(params), 'timm')
+  assert 'patch_embed.proj.bias' not in written
+  path = tmp_path / 'x.safetensors'
+  save_tensors(written, path, form='safetensors')
+  again, report = load_weights(str(path), shapes_of(config))
+  assert list(report.zeros) == ['patch_embed/bias']
+  assert report.facts['norm_eps'] == 1e-5
+  note = 'does not tell its activation: quick_gelu assumed'
+  assert any(note in x for x in report.compare(models.architecture(config)))
+  images = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+  logits = [
+    models.build_model(config).apply(
+      {'params': tree.nest(jax.tree.map(jnp.asarray, dict(one)))},
+      jnp.asarray(images, jnp.float32),
+    )
+    for one in (params, tree.flatten(again))
+  ]
+  np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
 def test_mean_pooling_with_registers_is_the_file_that_was_imported(tmp_path):
   config, params = random_model(
     dict.fromkeys(OPTIONS, False)
     | {'pool': 'mean', 'registers': 4, 'layer_scale': 0.0, 'qkv_bias': True}
+    | {'activation': 'gelu'}
   )
   written = translate(tree.nest(params), 'timm')
   assert written['pos_embed'].shape == (1, 4, 12)

@@ -43,6 +43,12 @@ LAYOUTS = {
          'mlp_dim': 48},
         'hf_dinov2', 1),
     'timm': ('timm.safetensors', {}, 'timm', 0),
+    'timm_clip': (
+        'timm_clip.safetensors',
+        {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5},
+        'timm', 0),
+    'timm_tanh': ('timm_tanh.safetensors', {'activation': 'gelu_tanh'},
+                  'timm', 0),
     'timm_qk_norm': ('timm_qk_norm.safetensors', {'qk_norm': True}, 'timm', 0),
     'timm_dinov2': ('timm_dinov2.safetensors', {'layer_scale': 1.0}, 'timm', 0),
     'timm_registers': ('timm_registers.safetensors',

@@ -75,6 +75,17 @@ FIELDS = (
     of_family=True,
   ),
   Field(
+    'model.pre_norm', False, BOOL,
+    'A norm stands before the blocks, behind the positions (CLIP).',
+    of_family=True,
+  ),
+  Field(
+    'model.activation', 'gelu', one_of('gelu', 'gelu_tanh', 'quick_gelu'),
+    "Between the layers of an MLP: 'gelu' (exact) | 'gelu_tanh' (SigLIP) | "
+    "'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP). No tensor shows it.",
+    of_family=True,
+  ),
+  Field(
     'model.registers', 0, ZERO_UP,
     'Tokens after the class token that no patch fills: registers, or the '
     'distillation token of DeiT; >= 0.',

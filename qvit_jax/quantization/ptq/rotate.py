@@ -74,7 +74,7 @@ def turn(
   """Returns parameters of the same function in a turned stream.
 
   The channels of every head's values, and of its queries and keys together,
-  are turned too.
+  are turned too; they alone where the stream has no writers.
 
   Args:
     params: With norms folded, see `fold_norms`.
@@ -83,6 +83,24 @@ def turn(
   """
   rng = np.random.default_rng(seed)
   p = {name: x.astype(np.float64) for name, x in params.items()}
+  if stream.writers:
+    _turn_stream(p, stream, rng)
+  for value, out in stream.values:
+    dim = p[f'{value}/bias'].shape[-1]
+    r = orthogonal(dim, rng)
+    p[f'{value}/kernel'] = p[f'{value}/kernel'] @ r  # [d, k, dim]
+    p[f'{value}/bias'] = p[f'{value}/bias'] @ r
+    p[f'{out}/kernel'] = np.einsum('ji,kjd->kid', r, p[f'{out}/kernel'])
+  for query, key in stream.queries:
+    r = orthogonal(p[f'{query}/bias'].shape[-1], rng)
+    for layer in (query, key):
+      p[f'{layer}/kernel'] = p[f'{layer}/kernel'] @ r
+      p[f'{layer}/bias'] = p[f'{layer}/bias'] @ r
+  return {name: x.astype(np.float32) for name, x in p.items()}
+
+
+def _turn_stream(p, stream: Stream, rng: np.random.Generator) -> None:
+  """Turns what writes to the stream and what reads from it, in place."""
   width = p[f'{stream.readers[0][0]}/scale'].shape[0]
   q = orthogonal_fixing_ones(width, rng)
   for name in stream.tokens:
@@ -96,18 +114,6 @@ def turn(
       kernel = p[f'{layer}/kernel']
       parts = kernel.reshape(-1, width, int(np.prod(kernel.shape[1:])))
       p[f'{layer}/kernel'] = (q.T @ parts).reshape(kernel.shape)
-  for value, out in stream.values:
-    dim = p[f'{value}/bias'].shape[-1]
-    r = orthogonal(dim, rng)
-    p[f'{value}/kernel'] = p[f'{value}/kernel'] @ r  # [d, k, dim]
-    p[f'{value}/bias'] = p[f'{value}/bias'] @ r
-    p[f'{out}/kernel'] = np.einsum('ji,kjd->kid', r, p[f'{out}/kernel'])
-  for query, key in stream.queries:
-    r = orthogonal(p[f'{query}/bias'].shape[-1], rng)
-    for layer in (query, key):
-      p[f'{layer}/kernel'] = p[f'{layer}/kernel'] @ r
-      p[f'{layer}/bias'] = p[f'{layer}/bias'] @ r
-  return {name: x.astype(np.float32) for name, x in p.items()}
 
 
 def _transform(params, stream, observe, seed: int):

@@ -101,10 +101,25 @@ def scale_notes(
   return lines
 
 
-def solver_notes(rows: Sequence[Row], sites: Sequence[Site]) -> list[str]:
-  """Returns a line for each layer that is too wide to be rounded as one."""
+def solver_notes(
+  rows: Sequence[Row], sites: Sequence[Site], stream: Stream | None
+) -> list[str]:
+  """Returns a line for each thing that a solver cannot do whole in this model.
+
+  Args:
+    rows: What is asked for.
+    sites: All products.
+    stream: See `check_model`.
+  """
+  turned = [row.name for row in rows if 'rotate' in row.solvers]
+  notes = []
+  if turned and stream and not stream.writers:
+    notes.append(
+      f'{", ".join(turned)}: rotate turns the heads alone, as a norm stands '
+      'before the blocks'
+    )
   solvers = dict.fromkeys(row.rounding for row in rows if row.rounding)
-  return [
+  return notes + [
     f'{site.path} has {site.rhs_shape[0]:,} inputs, which {name} rounds in '
     f'{parts} parts'
     for site in sites
