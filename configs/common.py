@@ -35,10 +35,11 @@ model
   model.pool = 'token'
     What the head sees: 'token' (class token) | 'mean' (of the patches; no class
     token) | 'patch_mean' (of the patches, beside a class token, as MAE) |
-    'token_mean' (token and mean side by side, as DINOv2).
+    'token_mean' (token and mean side by side, as DINOv2) | 'attention' (a
+    learned token asks the patches, no class token, SigLIP).
   model.norm_after_pool = False
     The last norm stands behind the pooling (MAE's fc_norm); not with
-    'token_mean'.
+    'token_mean' or 'attention'.
   model.pre_norm = False
     A norm stands before the blocks, behind the positions (CLIP).
   model.activation = 'gelu'

@@ -83,13 +83,17 @@ def embed_patches(images, params, patch):
   return np.stack(tokens, axis=1) + params['bias']
 
 
-def attention(x, params, eps):
+def attention(x, params, eps, context=None):
   """Attends head by head; with 'query_norm' in params, q and k are normed."""
+  context = x if context is None else context
   kernel = {name: params[name]['kernel'] for name in ('query', 'key', 'value')}
   bias = {name: params[name]['bias'] for name in kernel}
   out = np.zeros_like(x)
   for head in range(kernel['query'].shape[1]):
-    q, k, v = (x @ kernel[n][:, head] + bias[n][head] for n in kernel)
+    q, k, v = (
+      (x if n == 'query' else context) @ kernel[n][:, head] + bias[n][head]
+      for n in kernel
+    )
     if 'query_norm' in params:
       q = layer_norm(q, params['query_norm'], eps)
       k = layer_norm(k, params['key_norm'], eps)
@@ -125,6 +129,14 @@ def block(x, params, eps, keep=(1.0, 1.0), activation='gelu'):
   return x + keep[1] * params.get('scale2', 1) * y
 
 
+def attention_pool(x, params, eps, activation):
+  """SigLIP's: a learned token asks; an MLP with a shortcut follows."""
+  probe = np.repeat(params['probe'], len(x), axis=0)
+  x = attention(probe, params['attn'], eps, x)
+  y = mlp(layer_norm(x, params['norm'], eps), params['mlp'], activation)
+  return (x + y)[:, 0]
+
+
 def vit(
   params, images, *, patch, pool, eps=1e-6, keep=None, activation='gelu'
 ):
@@ -146,7 +158,10 @@ def vit(
     x = block(x, encoder[f'block_{i:02d}'], eps, factors, activation)
   if 'norm' in encoder:
     x = layer_norm(x, encoder['norm'], eps)
-  x = x[:, 0] if pool == 'token' else x[:, num_first:].mean(axis=1)
+  if pool == 'attention':
+    x = attention_pool(x[:, num_first:], params['pool'], eps, activation)
+  else:
+    x = x[:, 0] if pool == 'token' else x[:, num_first:].mean(axis=1)
   if 'pool_norm' in params:
     x = layer_norm(x, params['pool_norm'], eps)
   return x @ params['head']['kernel'] + params['head']['bias']

@@ -14,6 +14,11 @@ def normal(shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
 
 
+# Fields of other backbones.
+CLIP = {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5}
+SIGLIP = {'pool': 'attention', 'activation': 'gelu_tanh'}
+
+
 def rich_config(**fields):
   config = make_digits_config()
   config.model.update(depth=2, width=24, heads=3, mlp_dim=40)

@@ -5,7 +5,9 @@ arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
 arXiv:2103.17239. Registers: Darcet et al. 2023, arXiv:2309.16588. Query/key
 norm: Dehghani et al. 2023, arXiv:2302.05442. Stochastic depth: Huang et al.
 2016, arXiv:1603.09382. Norm before the blocks: CLIP, Radford et al. 2021,
-arXiv:2103.00020. Activations: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+arXiv:2103.00020. Attention pooling: Zhai et al. 2021, arXiv:2106.04560, section
+3.2, as in SigLIP, arXiv:2303.15343. Activations: Hendrycks and Gimpel 2016,
+arXiv:1606.08415.
 """
 
 import dataclasses
@@ -103,22 +105,26 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; softmax and its input are float32."""
+  """Multi-head attention; softmax and its input are float32."""
 
   o: Options
   ops: Ops
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b n d'], train: bool
+    self,
+    x: Float[Array, 'b n d'],
+    train: bool,
+    context: Float[Array, 'b m d'] | None = None,
   ) -> Float[Array, 'b n d']:
-    """Returns the mixed tokens."""
+    """Returns the mixed tokens: of x itself, or of `context` as x asks."""
     o, dtype = self.o, self.o.dtype
     dim = o.width // o.heads
+    seen = x if context is None else context
     q, k, v = (
-      SiteDense((o.heads, dim), self.ops, dtype=dtype, name=name)(x)
-      for name in ('query', 'key', 'value')
-    )  # each [b, n, k, dim]
+      SiteDense((o.heads, dim), self.ops, dtype=dtype, name=name)(tokens)
+      for name, tokens in (('query', x), ('key', seen), ('value', seen))
+    )  # [b, n, k, dim], and twice [b, m, k, dim]
     if o.qk_norm:
       q = _norm(o, 'query_norm')(q).astype(dtype)
       k = _norm(o, 'key_norm')(k).astype(dtype)
@@ -128,7 +134,7 @@ class Attention(nn.Module):
     qk = SiteProduct(
       'qk', (((3,), (3,)), ((0, 2), (0, 2))), self.ops, name='qk'
     )
-    p = nn.softmax(qk(q * jnp.asarray(dim**-0.5, dtype), k))  # [b, k, n, n]
+    p = nn.softmax(qk(q * jnp.asarray(dim**-0.5, dtype), k))  # [b, k, n, m]
     p = nn.Dropout(o.attention_dropout, deterministic=not train)(p)
     av = SiteProduct(
       'av', (((3,), (1,)), ((0, 1), (0, 2))), self.ops, name='av'
@@ -209,6 +215,26 @@ class Encoder(nn.Module):
     return _norm(o, 'norm')(x)
 
 
+class AttentionPool(nn.Module):
+  """One learned token asks the patches; an MLP with a shortcut follows."""
+
+  o: Options
+  ops: Ops
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n d'], train: bool
+  ) -> Float[Array, 'b d']:
+    """Returns what the token became."""
+    o = dataclasses.replace(self.o, qk_norm=False)
+    init = nn.initializers.truncated_normal(o.width**-0.5)
+    probe = self.param('probe', init, (1, 1, o.width), jnp.float32)
+    probe = jnp.broadcast_to(probe.astype(o.dtype), (len(x), 1, o.width))
+    x = Attention(o, self.ops, name='attn')(probe, train, x)
+    y = _norm(o, 'norm')(x)
+    return (x + Mlp(o, self.ops, name='mlp')(y, train))[:, 0]
+
+
 class ViT(nn.Module):
   """Patches, class token, registers and positions, encoder, head."""
 
@@ -224,7 +250,7 @@ class ViT(nn.Module):
     x = PatchEmbed(o, self.ops, name='patch_embed')(images)  # [b, n, d]
     init = nn.initializers.truncated_normal(0.02)
     first = []
-    if o.pool != 'mean':
+    if o.pool not in ('mean', 'attention'):
       first.append(self.param('cls', init, (1, 1, o.width), jnp.float32))
     if o.registers:
       shape = (1, o.registers, o.width)
@@ -241,11 +267,14 @@ class ViT(nn.Module):
     if o.pre_norm:
       x = _norm(o, 'pre_norm')(x).astype(x.dtype)
     x = Encoder(o, self.ops, name='encoder')(x, train)
-    token, mean = x[:, 0], x[:, num_first:].mean(axis=1)  # [b, d] each
-    if o.pool == 'token_mean':
-      x = jnp.concatenate([token, mean], axis=-1)  # [b, 2 d]
+    if o.pool == 'attention':
+      x = AttentionPool(o, self.ops, name='pool')(x[:, num_first:], train)
     else:
-      x = token if o.pool == 'token' else mean
+      token, mean = x[:, 0], x[:, num_first:].mean(axis=1)  # [b, d] each
+      if o.pool == 'token_mean':
+        x = jnp.concatenate([token, mean], axis=-1)  # [b, 2 d]
+      else:
+        x = token if o.pool == 'token' else mean
     if o.norm_after_pool:
       x = _norm(o, 'pool_norm')(x)
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
@@ -291,11 +320,14 @@ def resolve_shape(model) -> dict[str, int]:
       f'model.heads={shape["heads"]} does not divide '
       f'model.width={shape["width"]}; choose heads that divide the width'
     )
-  if model.norm_after_pool and model.pool == 'token_mean':
+  if model.norm_after_pool and model.pool in ('token_mean', 'attention'):
+    what = 'puts two side by side'
+    if model.pool == 'attention':
+      what = 'reads tokens that are normed before'
     raise ConfigError(
       'model.norm_after_pool=True norms one pooled token, but model.pool='
-      "'token_mean' puts two side by side; set --config.model.pool=patch_mean "
-      'or --config.model.norm_after_pool=False'
+      f'{model.pool!r} {what}; set --config.model.pool=patch_mean or '
+      '--config.model.norm_after_pool=False'
     )
   return shape
 
@@ -345,16 +377,22 @@ def stream(model) -> Stream:
       (f'{block}/norm1', attention),
       (f'{block}/norm2', (f'{block}/mlp/fc1',)),
     ]
-  turned = () if model.qk_norm else blocks
+  turned, pooling, attending = () if model.qk_norm else blocks, ('head',), ()
+  if model.pool == 'attention':
+    pooling, attending = ('pool/attn/key', 'pool/attn/value'), ('pool',)
   # A norm commutes with turning wherever it stands, and so does the mean.
   last = 'pool_norm' if model.norm_after_pool else 'encoder/norm'
   return Stream(
     tokens=() if model.pre_norm else ('cls', 'registers', 'pos_embed'),
     writers=() if model.pre_norm else tuple(writers),
-    readers=(*readers, (last, ('head',))),
-    values=tuple((f'{b}/attn/value', f'{b}/attn/out') for b in blocks),
-    queries=tuple((f'{b}/attn/query', f'{b}/attn/key') for b in turned),
-    hidden=tuple(f'{b}/mlp/fc2' for b in blocks),
+    readers=(*readers, (last, pooling)),
+    values=tuple(
+      (f'{b}/attn/value', f'{b}/attn/out') for b in (*blocks, *attending)
+    ),
+    queries=tuple(
+      (f'{b}/attn/query', f'{b}/attn/key') for b in (*turned, *attending)
+    ),
+    hidden=tuple(f'{b}/mlp/fc2' for b in (*blocks, *attending)),
   )
 
 

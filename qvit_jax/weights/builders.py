@@ -22,12 +22,13 @@ def timm_arguments(
   grid = (shape['image_size'] // shape['patch']) ** 2
   has_cls = 'cls_token' in tensors
   has_others = has_cls or shape['registers']
+  pools = {'token': 'token', 'attention': 'map'}
   arguments = {
       'img_size': shape['image_size'], 'patch_size': shape['patch'],
       'embed_dim': shape['width'], 'depth': shape['depth'],
       'num_heads': shape['heads'], 'num_classes': shape['num_classes'],
       'mlp_ratio': shape['mlp_dim'] / shape['width'],
-      'global_pool': 'token' if shape['pool'] == 'token' else 'avg',
+      'global_pool': pools.get(shape['pool'], 'avg'),
       'fc_norm': shape.get('norm_after_pool', False),
       'pre_norm': shape.get('pre_norm', False),
       'act_layer': shape.get('activation', 'gelu'),

@@ -123,6 +123,8 @@ class Comparison:
     facts = self.source.facts
     if 'pool_norm/scale' in self.ours:
       facts.setdefault('pool', 'mean')
+    if 'pool/probe' in self.ours:
+      facts.setdefault('pool', 'attention')
     if facts.get('pool') == 'mean' and 'cls' in self.ours:
       facts['pool'] = 'patch_mean'
 
@@ -235,7 +237,7 @@ class Comparison:
   def _their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
     shape = KINDS[row.kind].shape(ours)
     if row.part is not None:
-      shape = (3 * shape[0], *shape[1:])
+      shape = (row.parts * shape[0], *shape[1:])
     return shape
 
   def _patch_fits(self, row: Row, found: tuple[int, ...]) -> bool:

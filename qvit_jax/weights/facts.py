@@ -27,8 +27,8 @@ _ACTIVATIONS = {
     'quickgelu': 'quick_gelu',
 }  # fmt: skip
 _OF_TIMM = {
-    'gelu_tanh': 'base_patch32_siglip_gap|giantopt_patch16_siglip_gap|'
-                 'so400m_patch16_siglip_gap|large_patch16_siglip_gap_512',
+    'gelu_tanh': 'base_patch32_siglip|giantopt_patch16_siglip|'
+                 'so400m_patch16_siglip|large_patch16_siglip(_gap)?_512',
     'quick_gelu': 'quickgelu',
 }  # fmt: skip
 # Their name -> ours, for numbers.
@@ -71,9 +71,9 @@ def read_facts(
 
   Returns:
     Any of `norm_eps`, `heads`, `activation`, `image_size` and `patch` (a
-    number, or [height, width] where they differ), `pool` ('token' or 'mean'),
-    `padding`, `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and
-    other lines.
+    number, or [height, width] where they differ), `pool` ('token', 'mean' or
+    'attention'), `padding`, `batch_norm_eps`, `mean`, `std`, `resize`,
+    `class_names`; and other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
@@ -92,7 +92,7 @@ def read_facts(
     for part in (timm, config):  # how it pads
       facts |= origin.of_name(str(part.get('architecture', '')))
     facts |= _images(timm or config, 'mean', 'std', 'interpolation')
-    names = {'token': 'token', 'avg': 'mean'}
+    names = {'token': 'token', 'avg': 'mean', 'map': 'attention'}
     pool = made.get('global_pool', config.get('global_pool'))
     if isinstance(pool, str) and pool in names:
       facts['pool'] = names[pool]

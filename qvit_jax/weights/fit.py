@@ -85,7 +85,7 @@ class Import(Comparison):
 
   def _convert(self, row: Row, ours: str, values: np.ndarray) -> np.ndarray:
     if row.part is not None:
-      size = values.shape[0] // 3
+      size = values.shape[0] // row.parts
       values = values[row.part * size : (row.part + 1) * size]
     if ours in ('pos_embed', 'cls'):
       return values

@@ -22,13 +22,15 @@ class Row:
       with its collection before it: 'batch_stats/...'.
     theirs: Tensor name.
     kind: Key of `keymap.KINDS`: how the axes go.
-    part: Which third of a fused tensor it is; None where it is the whole.
+    part: Which part of a fused tensor it is; None where it is the whole.
+    parts: Of how many, along the first axis.
   """
 
   ours: str
   theirs: str
   kind: str
   part: int | None = None
+  parts: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

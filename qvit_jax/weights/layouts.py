@@ -36,6 +36,25 @@ def _fused(weight: str, bias: str) -> tuple[Row, ...]:
   return tuple(rows)
 
 
+def _attention_pool() -> tuple[Row, ...]:
+  """timm's: keys and values are the halves of one tensor."""
+  theirs, rows = 'attn_pool.', [Row('pool/probe', 'attn_pool.latent', 'same')]
+  for part, name in enumerate(('key', 'value')):
+    ours = f'pool/attn/{name}'
+    rows += [
+      Row(f'{ours}/kernel', f'{theirs}kv.weight', 'linear', part, 2),
+      Row(f'{ours}/bias', f'{theirs}kv.bias', 'vector', part, 2),
+    ]
+  return (
+    *rows,
+    *_linear('pool/attn/query', f'{theirs}q'),
+    *_linear('pool/attn/out', f'{theirs}proj', 'linear_in2'),
+    *_norm('pool/norm', f'{theirs}norm'),
+    *_linear('pool/mlp/fc1', f'{theirs}mlp.fc1'),
+    *_linear('pool/mlp/fc2', f'{theirs}mlp.fc2'),
+  )
+
+
 # Facebook's names, which timm took over.
 _DINOV2 = (
     Row('cls', 'cls_token', 'same'),
@@ -157,11 +176,12 @@ LAYOUTS = {
             Row('registers', 'reg_token', 'same'),
             *_norm('pool_norm', 'fc_norm'),
             *_norm('pre_norm', 'norm_pre'),
+            *_attention_pool(),
         ),
         ignored=(r'head_dist\.',),
         pre_logits=r'pre_logits\.',
         slots=('grid', 'all'),
-        pools=('token', 'mean', 'patch_mean'),
+        pools=('token', 'mean', 'patch_mean', 'attention'),
         registers=None,
         pre_norm_eps=1e-5,
     ),

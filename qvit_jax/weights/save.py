@@ -130,6 +130,8 @@ def _places_in(
 
 
 def _pool_of(ours: dict[str, np.ndarray]) -> str:
+  if 'pool/probe' in ours:
+    return 'attention'
   if 'cls' not in ours:
     return 'mean'
   width = ours['pos_embed'].shape[-1]

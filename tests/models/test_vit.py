@@ -165,6 +165,8 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(pre_norm=True, activation='quick_gelu'),
     dict(pre_norm=True, pool='mean', registers=2, norm_after_pool=True),
     dict(activation='gelu_tanh', layer_scale=0.1),
+    dict(pool='attention', activation='gelu_tanh', heads=4),
+    dict(pool='attention', registers=2, qk_norm=True, pre_norm=True),
   ],
   ids=str,
 )
@@ -204,8 +206,9 @@ def test_the_architecture_is_that_of_old_files_where_nothing_new_is_on():
   assert models.architecture(tiny(**new)) == plain | new
 
 
-def test_a_norm_behind_two_pooled_tokens_is_refused():
-  config = tiny(pool='token_mean', norm_after_pool=True)
+@pytest.mark.parametrize('pool', ['token_mean', 'attention'])
+def test_a_norm_behind_two_pooled_tokens_is_refused(pool):
+  config = tiny(pool=pool, norm_after_pool=True)
   with pytest.raises(ConfigError, match=r'--config\.model\.pool=patch_mean'):
     models.build_model(config)
 
@@ -215,6 +218,7 @@ def test_a_norm_behind_two_pooled_tokens_is_refused():
   [
     dict(pool='patch_mean', norm_after_pool=True, registers=1),
     dict(pool='mean', norm_after_pool=True, layer_scale=0.1),
+    dict(pool='attention', registers=1),
   ],
   ids=str,
 )
@@ -226,7 +230,8 @@ def test_a_norm_behind_the_pooling_is_folded_and_turned(fields):
   }
   stream = models.stream(config)
   turned = rotate.turn(rotate.fold_norms(params, stream), stream, seed=0)
-  for name in ('patch_embed/kernel', 'head/kernel'):
+  last = 'pool/attn/key' if config.model.pool == 'attention' else 'head'
+  for name in ('patch_embed/kernel', f'{last}/kernel'):
     assert np.abs(turned[name] - params[name]).max() > 0.1
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}
   assert_close(logits_of(config, variables), logits_of(config), 1e-4)

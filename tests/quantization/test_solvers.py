@@ -37,8 +37,11 @@ from qvit_jax.quantization.ptq import (
 )
 from qvit_jax.quantization.ptq import tune as tune_lib
 from qvit_jax.quantization.ptq.ranges import choose_range
+from qvit_jax.store import artifacts
 from tests.conftest import ROOT
 from tests.small_models import (
+  CLIP,
+  SIGLIP,
   collect,
   logits,
   normal,
@@ -75,6 +78,35 @@ def sqnr(wanted, found):
   return 10 * np.log10(np.square(wanted).sum() / noise)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'name', 'least'),
+  [
+    pytest.param(CLIP, 'w4a4', 8, id='clip'),
+    pytest.param(SIGLIP, 'int8_static', 25, id='siglip'),
+    pytest.param(CLIP, 'int8_static', 25, id='clip8', marks=pytest.mark.slow),
+    pytest.param(CLIP, 'w4a8', 11, id='clip48', marks=pytest.mark.slow),
+    pytest.param(SIGLIP, 'w4a8', 11, id='siglip48', marks=pytest.mark.slow),
+    pytest.param(SIGLIP, 'w4a4', 8, id='siglip4', marks=pytest.mark.slow),
+  ],
+)
+def test_rows_of_other_backbones(fields, name, least, tmp_path):
+  """Packed, written, read, and near float."""
+  config = rich_config(**fields)
+  params, images = random_params(config), normal((16, 8, 8, 3))
+  row = rows.parse_row(name)
+  stream = models.stream(config)
+  see = lambda *_: collect(config, params, [images], hessians=True)
+  turned = ptq.transform(row, params, stream, see, seed=0)
+  stats = collect(config, turned, [images], hessians=True)
+  packed = pack(config, name, turned, stats)
+  path = tmp_path / 'row.safetensors'
+  artifacts.save(packed, path, {})
+  read = artifacts.load(path, models.list_sites(config), {})
+  found = packed_logits(config, read, images)
+  np.testing.assert_array_equal(found, packed_logits(config, packed, images))
+  assert sqnr(np.asarray(logits(config, params, images)), found) > least
+
+
 # Transforms
 
 
@@ -85,8 +117,10 @@ def channels(stats, suffix='query'):
 
 
 @pytest.mark.parametrize(
-  'fields', [{}, {'pool': 'token_mean', 'layer_scale': 1.0}, {'qk_norm': True}]
-)
+  'fields',
+  [{}, {'pool': 'token_mean', 'layer_scale': 1.0}, {'qk_norm': True}, CLIP,
+   SIGLIP],
+)  # fmt: skip
 @pytest.mark.parametrize('solver', ['smooth_quant', 'reparametrize'])
 def test_a_transform_leaves_the_function(solver, fields):
   config = rich_config(**fields)

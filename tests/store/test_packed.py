@@ -31,7 +31,7 @@ from qvit_jax.quantization.methods import aqt as aqt_core
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.store import artifacts, tensors
 from tests import reference
-from tests.small_models import normal, rich_config
+from tests.small_models import CLIP, SIGLIP, normal, rich_config
 
 PLANS = {
   'w4a4': {'default': 'w4a4'},
@@ -118,18 +118,20 @@ def test_codes_are_aqts_bit_for_bit(bits, dtype):
 
 
 @pytest.mark.parametrize(
-  ('name', 'granularity', 'dtype'),
+  ('name', 'granularity', 'dtype', 'fields'),
   [
-    ('w8a8', 'per_token', 'bfloat16'),
-    ('mixed', 'per_token', 'float32'),
-    ('mixed', 'per_tensor', 'bfloat16'),
-    ('mixed', 'per_token', 'float16'),
+    ('w8a8', 'per_token', 'bfloat16', {}),
+    ('mixed', 'per_token', 'float32', {}),
+    ('mixed', 'per_tensor', 'bfloat16', {}),
+    ('mixed', 'per_token', 'float16', {}),
+    ('w8a8', 'per_token', 'float32', CLIP),
+    ('mixed', 'per_token', 'float32', SIGLIP),
   ],
 )
 def test_a_packed_model_computes_what_training_evaluated(
-  name, granularity, dtype
+  name, granularity, dtype, fields
 ):
-  config = aqt_config(name, dtype=dtype)
+  config = aqt_config(name, dtype=dtype, **fields)
   config.quant.act_granularity = granularity
   plan, params = plan_of(config), params_of(config)
   images = normal((32, 8, 8, 3))

@@ -467,7 +467,7 @@ def test_classes_are_put_in_order_by_name(there, here, order):
 # Pairs of options: import against export.
 
 OPTIONS = {
-    'pool': ('token', 'mean', 'patch_mean', 'token_mean'),
+    'pool': ('token', 'mean', 'patch_mean', 'token_mean', 'attention'),
     'norm_after_pool': (False, True),
     'registers': (0, 1, 3),
     'layer_scale': (0.0, 1.0),
@@ -480,7 +480,8 @@ OPTIONS = {
 
 
 def is_possible(case):
-  return not (case['pool'] == 'token_mean' and case['norm_after_pool'])
+  pools = ('token_mean', 'attention')
+  return not (case['pool'] in pools and case['norm_after_pool'])
 
 
 def pairwise(options):
@@ -509,7 +510,7 @@ def random_model(case, **fields):
   params = tree.flatten(reference.random_params(shapes_of(config)))
   params = {name: np.array(x, np.float32) for name, x in params.items()}
   count = config.model.registers
-  first = case['pool'] != 'mean'
+  first = case['pool'] not in ('mean', 'attention')
   params['pos_embed'][:, first : first + count] = 0
   if first and (count or not has_position):
     params['pos_embed'][:, 0] = 0

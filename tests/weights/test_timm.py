@@ -31,7 +31,7 @@ FITTING = 117  # of the 230 names of timm 1.0.31; the README lists them by kind
 REASONS = {
     'relative positions': r'rel_pos|relative_position',
     'a convolutional stem': r'backbone|patch_embed\.(conv|proj)\.\d|stem',
-    'attention pooling': r'attn_pool',
+    'another attention pooling': r'attn_pool|prefix tokens',
     'a norm of the patches': r'patch_embed\.norm',
     'SwiGLU': r'fc1_g|w12|fc2\.weight: ',
     'rotary positions': r'EvaBlock|rope|gamma_1|missing pos_embed',
@@ -64,8 +64,9 @@ def fields_of(model, shapes):
   size = model.patch_embed.img_size[0] // patch[0] * patch[0]
   registers = [shapes[k][1] for k in ('reg_token', 'dist_token') if k in shapes]
   pool = 'patch_mean' if 'cls_token' in shapes else 'mean'
-  if getattr(model, 'global_pool', 'token') == 'token':
-    pool = 'token'
+  pool = {'token': 'token', 'map': 'attention'}.get(
+    getattr(model, 'global_pool', 'token'), pool
+  )
   return dict(
     patch=patch[0], width=width, depth=1, image_size=size,
     heads=model.blocks[0].attn.num_heads,
@@ -120,7 +121,7 @@ def problem_of(model):
   kind = getattr(model.blocks[0].mlp, 'act', None)
   if name_of(kind) is None:
     return f'activation {kind}'
-  if getattr(model, 'global_pool', 'token') not in ('token', 'avg'):
+  if getattr(model, 'global_pool', 'token') not in ('token', 'avg', 'map'):
     return f'pooling {model.global_pool}'
   return ''
 

@@ -47,6 +47,9 @@ LAYOUTS = {
         'timm_clip.safetensors',
         {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5},
         'timm', 0),
+    'timm_siglip': (
+        'timm_siglip.safetensors',
+        {'pool': 'attention', 'activation': 'gelu_tanh'}, 'timm', 0),
     'timm_tanh': ('timm_tanh.safetensors', {'activation': 'gelu_tanh'},
                   'timm', 0),
     'timm_qk_norm': ('timm_qk_norm.safetensors', {'qk_norm': True}, 'timm', 0),

@@ -62,16 +62,18 @@ FIELDS = (
     'Outputs of the head; >= 2.',
   ),
   Field(
-    'model.pool', 'token', one_of('token', 'mean', 'patch_mean', 'token_mean'),
+    'model.pool', 'token', 
+    one_of('token', 'mean', 'patch_mean', 'token_mean', 'attention'),
     "What the head sees: 'token' (class token) | 'mean' (of the patches; no "
     "class token) | 'patch_mean' (of the patches, beside a class token, as "
-    "MAE) | 'token_mean' (token and mean side by side, as DINOv2).",
+    "MAE) | 'token_mean' (token and mean side by side, as DINOv2) | "
+    "'attention' (a learned token asks the patches, no class token, SigLIP).",
     of_family=True,
   ),
   Field(
     'model.norm_after_pool', False, BOOL,
     "The last norm stands behind the pooling (MAE's fc_norm); not with "
-    "'token_mean'.",
+    "'token_mean' or 'attention'.",
     of_family=True,
   ),
   Field(
