@@ -40,6 +40,8 @@ model
   model.norm_after_pool = False
     The last norm stands behind the pooling (MAE's fc_norm); not with
     'token_mean' or 'attention'.
+  model.last_norm = True
+    There is a norm behind the blocks, or behind the pooling; not in RADIO.
   model.pre_norm = False
     A norm stands before the blocks, behind the positions (CLIP).
   model.activation = 'gelu'

@@ -61,6 +61,7 @@ class Options:
   activation: str = 'gelu'
   pool: str = 'token'
   norm_after_pool: bool = False
+  last_norm: bool = True
   pre_norm: bool = False
   registers: int = 0
   layer_scale: float = 0.0
@@ -195,7 +196,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The stack of blocks and the last norm, if it is not behind the pooling."""
+  """The stack of blocks and the last norm, if there is one before pooling."""
 
   o: Options
   ops: Ops
@@ -210,7 +211,7 @@ class Encoder(nn.Module):
     for i in range(o.depth):
       drop_path = o.stochastic_depth * i / max(o.depth - 1, 1)
       x = block(o, self.ops, drop_path, name=f'block_{i:02d}')(x, train)
-    if o.norm_after_pool:
+    if o.norm_after_pool or not o.last_norm:
       return x.astype(jnp.float32)
     return _norm(o, 'norm')(x)
 
@@ -329,6 +330,11 @@ def resolve_shape(model) -> dict[str, int]:
       f'{model.pool!r} {what}; set --config.model.pool=patch_mean or '
       '--config.model.norm_after_pool=False'
     )
+  if model.norm_after_pool and not model.last_norm:
+    raise ConfigError(
+      'model.norm_after_pool=True puts the last norm behind the pooling, but '
+      'model.last_norm=False says that there is none; leave one of them out'
+    )
   return shape
 
 
@@ -343,6 +349,8 @@ def architecture(model) -> dict[str, Any]:
       {name: True for name in ('norm_after_pool', 'pre_norm') if model[name]}
   ) | (
       {} if model.activation == 'gelu' else {'activation': model.activation}
+  ) | (
+      {} if model.last_norm else {'last_norm': False}
   )  # fmt: skip
 
 
@@ -358,8 +366,8 @@ def title(model) -> str:
 def stream(model) -> Stream:
   """Returns who writes to and reads from the residual stream.
 
-  It cannot be turned where a norm stands before the blocks: what that scales
-  enters it by no product.
+  It cannot be turned where a norm stands before the blocks, since what that
+  scales enters it by no product, nor where no norm ends it.
   """
   blocks = [
     f'encoder/block_{i:02d}' for i in range(resolve_shape(model)['depth'])
@@ -382,10 +390,11 @@ def stream(model) -> Stream:
     pooling, attending = ('pool/attn/key', 'pool/attn/value'), ('pool',)
   # A norm commutes with turning wherever it stands, and so does the mean.
   last = 'pool_norm' if model.norm_after_pool else 'encoder/norm'
+  turns = model.last_norm and not model.pre_norm
   return Stream(
-    tokens=() if model.pre_norm else ('cls', 'registers', 'pos_embed'),
-    writers=() if model.pre_norm else tuple(writers),
-    readers=(*readers, (last, pooling)),
+    tokens=('cls', 'registers', 'pos_embed') if turns else (),
+    writers=tuple(writers) if turns else (),
+    readers=(*readers, (last, pooling)) if model.last_norm else tuple(readers),
     values=tuple(
       (f'{b}/attn/value', f'{b}/attn/out') for b in (*blocks, *attending)
     ),
@@ -424,9 +433,9 @@ FAMILY = Family(
     f'model.{name}'
     for name in (
         'patch', 'width', 'depth', 'heads', 'mlp_dim', 'activation', 'pool',
-        'norm_after_pool', 'pre_norm', 'registers', 'layer_scale', 'qk_norm',
-        'norm_eps', 'dropout', 'attention_dropout', 'embedding_dropout',
-        'head_dropout', 'stochastic_depth', 'remat',
+        'norm_after_pool', 'last_norm', 'pre_norm', 'registers', 'layer_scale',
+        'qk_norm', 'norm_eps', 'dropout', 'attention_dropout',
+        'embedding_dropout', 'head_dropout', 'stochastic_depth', 'remat',
     )
   ),  # fmt: skip
   stream=stream,

@@ -31,6 +31,7 @@ def timm_arguments(
       'global_pool': pools.get(shape['pool'], 'avg'),
       'fc_norm': shape.get('norm_after_pool', False),
       'pre_norm': shape.get('pre_norm', False),
+      'final_norm': shape.get('last_norm', True),
       'act_layer': shape.get('activation', 'gelu'),
       'class_token': has_cls, 'reg_tokens': shape['registers'],
       'no_embed_class': has_others and tensors['pos_embed'].shape[1] == grid,
@@ -40,7 +41,7 @@ def timm_arguments(
   }  # fmt: skip
   usual = {
       'mlp_ratio': 4.0, 'global_pool': 'token', 'fc_norm': False,
-      'pre_norm': False, 'act_layer': 'gelu',
+      'pre_norm': False, 'act_layer': 'gelu', 'final_norm': True,
       'class_token': True, 'reg_tokens': 0, 'no_embed_class': False,
       'qkv_bias': True, 'qk_norm': False, 'init_values': None,
   }  # fmt: skip

@@ -60,6 +60,7 @@ class KeyMap:
     counters: Whether norms with statistics count their updates.
     registers: How many `model.registers` they have; None: any number.
     biases: Whether its queries, keys and values always have biases.
+    last_norm: Whether they all have a norm behind the blocks or the pooling.
     has_scales: Whether they all have LayerScale.
     register_prefix: The prefix that is written with registers, if another.
     transformers: How the names of its classes in transformers begin, where that
@@ -82,6 +83,7 @@ class KeyMap:
   pools: tuple[str, ...] = ('token',)
   registers: int | None = 0
   biases: bool = False
+  last_norm: bool = True
   has_scales: bool = False
   register_prefix: str = ''
   transformers: str = ''

@@ -184,6 +184,7 @@ LAYOUTS = {
         pools=('token', 'mean', 'patch_mean', 'attention'),
         registers=None,
         pre_norm_eps=1e-5,
+        last_norm=False,
     ),
     'timm_distilled': KeyMap(
         'timm with a distillation token',

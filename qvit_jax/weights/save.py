@@ -155,6 +155,10 @@ def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
     problems.append(f'model.pool is {pool}, not {" or ".join(keymap.pools)}')
   if keymap.registers not in (None, registers):
     problems.append(f'model.registers is {registers}, not {keymap.registers}')
+  norms = ('encoder/norm/scale', 'pool_norm/scale')
+  has_none = 'pos_embed' in ours and not any(name in ours for name in norms)
+  if keymap.last_norm and has_none:
+    problems.append('the model has no last norm')
   if keymap.has_scales and 'encoder/block_00/scale1' not in ours:
     problems.append('the model has no LayerScale')
   return problems

@@ -167,6 +167,8 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(activation='gelu_tanh', layer_scale=0.1),
     dict(pool='attention', activation='gelu_tanh', heads=4),
     dict(pool='attention', registers=2, qk_norm=True, pre_norm=True),
+    dict(last_norm=False, registers=1),
+    dict(last_norm=False, pool='attention'),
   ],
   ids=str,
 )
@@ -200,10 +202,16 @@ def test_options_add_only_their_own_parameters():
 
 def test_the_architecture_is_that_of_old_files_where_nothing_new_is_on():
   """Runs and packed files that know no `norm_after_pool` still open."""
-  new = {'norm_after_pool': True, 'pre_norm': True, 'activation': 'gelu_tanh'}
+  new = {'last_norm': False, 'pre_norm': True, 'activation': 'gelu_tanh'}
   plain = models.architecture(tiny())
   assert not new.keys() & plain.keys()
   assert models.architecture(tiny(**new)) == plain | new
+
+
+def test_no_norm_cannot_stand_behind_the_pooling():
+  config = tiny(norm_after_pool=True, last_norm=False)
+  with pytest.raises(ConfigError, match='leave one of them out'):
+    models.build_model(config)
 
 
 @pytest.mark.parametrize('pool', ['token_mean', 'attention'])
@@ -237,8 +245,11 @@ def test_a_norm_behind_the_pooling_is_folded_and_turned(fields):
   assert_close(logits_of(config, variables), logits_of(config), 1e-4)
 
 
-def test_behind_a_norm_before_the_blocks_the_heads_alone_are_turned():
-  config = tiny(depth=2, pre_norm=True, activation='quick_gelu')
+@pytest.mark.parametrize(
+  'fields', [dict(pre_norm=True), dict(last_norm=False, pool='mean')], ids=str
+)
+def test_a_stream_that_cannot_be_turned_has_turned_heads(fields):
+  config = tiny(depth=2, activation='quick_gelu', **fields)
   params = {
     name: np.asarray(x)
     for name, x in tree.flatten(variables_of(config)['params']).items()
@@ -247,14 +258,18 @@ def test_behind_a_norm_before_the_blocks_the_heads_alone_are_turned():
   turned = rotate.turn(rotate.fold_norms(params, stream), stream, seed=0)
   assert np.abs(turned[f'{BLOCK}/attn/value/kernel'] - params[
     f'{BLOCK}/attn/value/kernel']).max() > 0.1  # fmt: skip
-  for name in ('patch_embed/kernel', 'pre_norm/scale', 'pos_embed', 'cls'):
+  for name in ('patch_embed/kernel', 'pos_embed', 'encoder/block_01/scale1',
+               'pre_norm/scale', 'cls', 'head/kernel'):  # fmt: skip
+    if name not in params or (name == 'head/kernel' and config.model.last_norm):
+      continue
     np.testing.assert_array_equal(turned[name], params[name])
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}
   assert_close(logits_of(config, variables), logits_of(config), 1e-4)
   row, plain = rows.parse_row('w4a4'), rows.parse_row('w4a4+gptq')
   sites = models.list_sites(config)
   assert row_checks.solver_notes([row, plain], sites, stream) == [
-    'w4a4: rotate turns the heads alone, as a norm stands before the blocks'
+    'w4a4: rotate turns the heads alone: where a norm stands before the blocks,'
+    ' or none behind them, the residual stream stays'
   ]
   assert row_checks.solver_notes([row], sites, models.stream(tiny())) == []
 

@@ -475,13 +475,16 @@ OPTIONS = {
     'class_position': (True, False),
     'qkv_bias': (True, False),
     'pre_norm': (False, True),
+    'last_norm': (True, False),
     'activation': ('gelu', 'gelu_tanh', 'quick_gelu'),
 }  # fmt: skip
 
 
 def is_possible(case):
-  pools = ('token_mean', 'attention')
-  return not (case['pool'] in pools and case['norm_after_pool'])
+  norms_nothing = case['pool'] in ('token_mean', 'attention') or (
+    not case['last_norm']
+  )
+  return not (norms_nothing and case['norm_after_pool'])
 
 
 def pairwise(options):
@@ -560,6 +563,7 @@ def test_a_trained_bias_of_patches_goes_into_positions(registers, tmp_path):
     dict.fromkeys(OPTIONS, False)
     | {'pool': 'token', 'registers': registers, 'layer_scale': 0.0}
     | {'activation': 'quick_gelu', 'pre_norm': True, 'qkv_bias': True}
+    | {'last_norm': True}
   )
   params['patch_embed/bias'] = np.linspace(-1, 1, 12, dtype=np.float32)
   written = translate(tree.nest(params), 'timm')
@@ -586,7 +590,7 @@ def test_mean_pooling_with_registers_is_the_file_that_was_imported(tmp_path):
   config, params = random_model(
     dict.fromkeys(OPTIONS, False)
     | {'pool': 'mean', 'registers': 4, 'layer_scale': 0.0, 'qkv_bias': True}
-    | {'activation': 'gelu'}
+    | {'activation': 'gelu', 'last_norm': True}
   )
   written = translate(tree.nest(params), 'timm')
   assert written['pos_embed'].shape == (1, 4, 12)

@@ -77,6 +77,11 @@ FIELDS = (
     of_family=True,
   ),
   Field(
+    'model.last_norm', True, BOOL,
+    'There is a norm behind the blocks, or behind the pooling; not in RADIO.',
+    of_family=True,
+  ),
+  Field(
     'model.pre_norm', False, BOOL,
     'A norm stands before the blocks, behind the positions (CLIP).',
     of_family=True,

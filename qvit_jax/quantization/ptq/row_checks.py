@@ -115,8 +115,8 @@ def solver_notes(
   notes = []
   if turned and stream and not stream.writers:
     notes.append(
-      f'{", ".join(turned)}: rotate turns the heads alone, as a norm stands '
-      'before the blocks'
+      f'{", ".join(turned)}: rotate turns the heads alone: where a norm stands '
+      'before the blocks, or none behind them, the residual stream stays'
     )
   solvers = dict.fromkeys(row.rounding for row in rows if row.rounding)
   return notes + [
