@@ -32,6 +32,9 @@ model
     Side of the square input in pixels; >= 1.
   model.num_classes = 1000
     Outputs of the head; >= 2.
+  model.position = 'learned'
+    Of patches: 'learned' (added to them) | 'rope' (turns queries and keys by
+    row and column, no parameters, DINOv3).
   model.pool = 'token'
     What the head sees: 'token' (class token) | 'mean' (of the patches; no class
     token) | 'patch_mean' (of the patches, beside a class token, as MAE) |

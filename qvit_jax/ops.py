@@ -74,7 +74,7 @@ class Stream:
     readers: Norms, each with the layers that read its output.
     values: (value, out) layers of each attention.
     queries: (query, key) layers of each attention whose products may be turned
-      together; empty where a norm stands between.
+      together; empty where a norm or a position stands between.
     hidden: Layers behind a nonlinearity, whose inputs no kernel can turn.
   """
 

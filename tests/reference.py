@@ -83,7 +83,32 @@ def embed_patches(images, params, patch):
   return np.stack(tokens, axis=1) + params['bias']
 
 
-def attention(x, params, eps, context=None):
+def rotary(x, place):
+  """DINOv3's: x of one patch at (row, column), both from -1 to 1."""
+  dim = x.shape[-1]
+  out = np.array(x)
+  for i in range(dim // 2):
+    axis, j = divmod(i, dim // 4)
+    angle = 2 * math.pi * place[axis] / 100 ** (4 * j / dim)
+    a, b = x[..., i], x[..., i + dim // 2]
+    out[..., i] = a * math.cos(angle) - b * math.sin(angle)
+    out[..., i + dim // 2] = b * math.cos(angle) + a * math.sin(angle)
+  return out
+
+
+def turned(x, grid):
+  """Returns queries or keys [b, n, dim], whose last tokens are turned."""
+  height, width = grid
+  out, first = np.array(x), x.shape[1] - height * width
+  for row in range(height):
+    for column in range(width):
+      place = (2 * (row + 0.5) / height - 1, 2 * (column + 0.5) / width - 1)
+      n = first + row * width + column
+      out[:, n] = rotary(x[:, n], place)
+  return out
+
+
+def attention(x, params, eps, context=None, grid=None):
   """Attends head by head; with 'query_norm' in params, q and k are normed."""
   context = x if context is None else context
   kernel = {name: params[name]['kernel'] for name in ('query', 'key', 'value')}
@@ -97,6 +122,8 @@ def attention(x, params, eps, context=None):
     if 'query_norm' in params:
       q = layer_norm(q, params['query_norm'], eps)
       k = layer_norm(k, params['key_norm'], eps)
+    if grid is not None:
+      q, k = turned(q, grid), turned(k, grid)
     weights = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]))
     out = out + weights @ v @ params['out']['kernel'][head]
   return out + params['out']['bias']
@@ -120,9 +147,12 @@ def mlp(x, params, activation='gelu'):
   return x @ params['fc2']['kernel'] + params['fc2']['bias']
 
 
-def block(x, params, eps, keep=(1.0, 1.0), activation='gelu'):
+def block(
+  x, params, eps, keep=(1.0, 1.0), activation='gelu', grid=None
+):
   """Pre-norm block; `keep` multiplies its two branches (stochastic depth)."""
-  y = attention(layer_norm(x, params['norm1'], eps), params['attn'], eps)
+  y = layer_norm(x, params['norm1'], eps)
+  y = attention(y, params['attn'], eps, grid=grid)
   x = x + keep[0] * params.get('scale1', 1) * y
   y = layer_norm(x, params['norm2'], eps)
   y = mlp(y, params['mlp'], activation)
@@ -148,14 +178,20 @@ def vit(
   num_first = sum(tokens.shape[1] for tokens in first)
   first = [np.repeat(tokens, len(x), axis=0) for tokens in first]
   x = np.concatenate([*first, x], axis=1)
-  x = x + params['pos_embed']
+  grid = None
+  if 'pos_embed' in params:
+    x = x + params['pos_embed']
+  else:
+    grid = [n // patch for n in images.shape[1:3]]
   if 'pre_norm' in params:
     x = layer_norm(x, params['pre_norm'], eps)
   encoder = params['encoder']
   depth = sum(name.startswith('block_') for name in encoder)
   for i in range(depth):
     factors = keep[i] if keep else (1.0, 1.0)
-    x = block(x, encoder[f'block_{i:02d}'], eps, factors, activation)
+    x = block(
+      x, encoder[f'block_{i:02d}'], eps, factors, activation, grid
+    )
   if 'norm' in encoder:
     x = layer_norm(x, encoder['norm'], eps)
   if pool == 'attention':

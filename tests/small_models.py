@@ -17,6 +17,7 @@ def normal(shape, seed=0):
 # Fields of other backbones.
 CLIP = {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5}
 SIGLIP = {'pool': 'attention', 'activation': 'gelu_tanh'}
+DINOV3 = {'position': 'rope', 'registers': 2, 'layer_scale': 1.0}
 
 
 def rich_config(**fields):

@@ -1,17 +1,12 @@
 """The vision transformer, top to bottom; knows nothing of quantization.
 
 Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words",
-arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
-arXiv:2103.17239. Registers: Darcet et al. 2023, arXiv:2309.16588. Query/key
-norm: Dehghani et al. 2023, arXiv:2302.05442. Stochastic depth: Huang et al.
-2016, arXiv:1603.09382. Norm before the blocks: CLIP, Radford et al. 2021,
-arXiv:2103.00020. Attention pooling: Zhai et al. 2021, arXiv:2106.04560, section
-3.2, as in SigLIP, arXiv:2303.15343. Activations: Hendrycks and Gimpel 2016,
-arXiv:1606.08415.
+arXiv:2010.11929, section 3.1. Registers: Darcet et al. 2023, arXiv:2309.16588.
+Norm before the blocks: CLIP, Radford et al. 2021, arXiv:2103.00020. The parts
+are in `vit_parts`.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +14,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.errors import ConfigError
+from qvit_jax.models import rope
 from qvit_jax.models.family import Family
-from qvit_jax.ops import Ops, SiteDense, SiteProduct, Stream
+from qvit_jax.models.vit_parts import (
+  AttentionPool,
+  Block,
+  Options,
+  PatchEmbed,
+  norm,
+)
+from qvit_jax.ops import Ops, SiteDense, Stream
 
 # name: (width, depth, heads, mlp_dim)
 SIZES = {
@@ -28,13 +31,6 @@ SIZES = {
   'S': (384, 12, 6, 1536),
   'B': (768, 12, 12, 3072),
   'L': (1024, 24, 16, 4096),
-}
-
-# Between the layers of the MLP: x Phi(x), and its two approximations.
-ACTIVATIONS = {
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 # Which axis of a parameter `mesh.tensor` splits: heads, or hidden channels.
@@ -48,65 +44,8 @@ TENSOR_RULES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """What a ViT looks like; `configs/common.py` explains each field."""
-
-  patch: int
-  width: int
-  depth: int
-  heads: int
-  mlp_dim: int
-  num_classes: int
-  activation: str = 'gelu'
-  pool: str = 'token'
-  norm_after_pool: bool = False
-  last_norm: bool = True
-  pre_norm: bool = False
-  registers: int = 0
-  layer_scale: float = 0.0
-  qk_norm: bool = False
-  norm_eps: float = 1e-6
-  dropout: float = 0.0
-  attention_dropout: float = 0.0
-  embedding_dropout: float = 0.0
-  head_dropout: float = 0.0
-  stochastic_depth: float = 0.0
-  dtype: Any = jnp.float32
-  remat: bool = False
-
-
-def _norm(o: Options, name: str) -> nn.LayerNorm:
-  # Statistics in float32, by the two-pass formula, whatever the compute dtype.
-  return nn.LayerNorm(
-    epsilon=o.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
-  )
-
-
-class PatchEmbed(nn.Module):
-  """Cuts the image into patches and embeds each with one convolution kernel."""
-
-  o: Options
-  ops: Ops
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b n d']:
-    """Returns one token a patch, row by row."""
-    b, h, w, c = x.shape
-    p = self.o.patch
-    # A convolution whose stride is its window is a product over patches; the
-    # kernel keeps the convolution's axes, [p, p, c, d].
-    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, (h // p) * (w // p), p, p, c)  # [b, n, p, p, c]
-    dense = SiteDense(
-      (self.o.width,), self.ops, in_dims=3, kind='conv', dtype=self.o.dtype
-    )
-    nn.share_scope(self, dense)  # 'patch_embed/kernel', not one level deeper
-    return dense(x)  # [b, n, d]
-
-
-class Attention(nn.Module):
-  """Multi-head attention; softmax and its input are float32."""
+class Encoder(nn.Module):
+  """The stack of blocks and the last norm, if there is one before pooling."""
 
   o: Options
   ops: Ops
@@ -116,124 +55,19 @@ class Attention(nn.Module):
     self,
     x: Float[Array, 'b n d'],
     train: bool,
-    context: Float[Array, 'b m d'] | None = None,
+    angles: Float[Array, 'n half'] | None = None,
   ) -> Float[Array, 'b n d']:
-    """Returns the mixed tokens: of x itself, or of `context` as x asks."""
-    o, dtype = self.o, self.o.dtype
-    dim = o.width // o.heads
-    seen = x if context is None else context
-    q, k, v = (
-      SiteDense((o.heads, dim), self.ops, dtype=dtype, name=name)(tokens)
-      for name, tokens in (('query', x), ('key', seen), ('value', seen))
-    )  # [b, n, k, dim], and twice [b, m, k, dim]
-    if o.qk_norm:
-      q = _norm(o, 'query_norm')(q).astype(dtype)
-      k = _norm(o, 'key_norm')(k).astype(dtype)
-    if self.ops.rectify is not None:
-      q = self.ops.rectify(self, 'query', q)
-      k = self.ops.rectify(self, 'key', k)
-    qk = SiteProduct(
-      'qk', (((3,), (3,)), ((0, 2), (0, 2))), self.ops, name='qk'
-    )
-    p = nn.softmax(qk(q * jnp.asarray(dim**-0.5, dtype), k))  # [b, k, n, m]
-    p = nn.Dropout(o.attention_dropout, deterministic=not train)(p)
-    av = SiteProduct(
-      'av', (((3,), (1,)), ((0, 1), (0, 2))), self.ops, name='av'
-    )
-    x = av(p.astype(dtype), v).astype(dtype)  # [b, k, n, dim]
-    out = SiteDense((o.width,), self.ops, in_dims=2, dtype=dtype, name='out')
-    return out(x.transpose(0, 2, 1, 3))  # [b, n, d]
-
-
-class Mlp(nn.Module):
-  """Two layers with an activation between them."""
-
-  o: Options
-  ops: Ops
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b n d'], train: bool
-  ) -> Float[Array, 'b n d']:
-    """Returns tokens of the input's width."""
-    o = self.o
-    x = SiteDense((o.mlp_dim,), self.ops, dtype=o.dtype, name='fc1')(x)
-    x = ACTIVATIONS[o.activation](x)  # [b, n, f]
-    x = nn.Dropout(o.dropout, deterministic=not train)(x)
-    return SiteDense((o.width,), self.ops, dtype=o.dtype, name='fc2')(x)
-
-
-class Block(nn.Module):
-  """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
-
-  o: Options
-  ops: Ops
-  drop_path: float  # chance that an image skips a branch
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b n d'], train: bool
-  ) -> Float[Array, 'b n d']:
-    """Returns the tokens after both branches."""
-    attention = Attention(self.o, self.ops, name='attn')
-    mlp = Mlp(self.o, self.ops, name='mlp')
-    y = attention(_norm(self.o, 'norm1')(x), train)
-    x = x + self._branch(y, 'scale1', train)
-    y = mlp(_norm(self.o, 'norm2')(x), train)
-    return x + self._branch(y, 'scale2', train)
-
-  def _branch(self, y, name, train):
-    y = nn.Dropout(self.o.dropout, deterministic=not train)(y)
-    if self.o.layer_scale:
-      init = nn.initializers.constant(self.o.layer_scale)
-      y = y * self.param(name, init, (y.shape[-1],), jnp.float32).astype(
-        y.dtype
-      )
-    # One draw an image: the whole branch is kept or skipped.
-    return nn.Dropout(
-      self.drop_path, broadcast_dims=(1, 2), deterministic=not train
-    )(y)
-
-
-class Encoder(nn.Module):
-  """The stack of blocks and the last norm, if there is one before pooling."""
-
-  o: Options
-  ops: Ops
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b n d'], train: bool
-  ) -> Float[Array, 'b n d']:
-    """Returns the tokens in float32."""
+    """Returns the tokens in float32; `angles` as of `Attention`."""
     o = self.o
     block = nn.remat(Block, static_argnums=(2,)) if o.remat else Block
     for i in range(o.depth):
       drop_path = o.stochastic_depth * i / max(o.depth - 1, 1)
-      x = block(o, self.ops, drop_path, name=f'block_{i:02d}')(x, train)
+      x = block(o, self.ops, drop_path, name=f'block_{i:02d}')(
+        x, train, angles
+      )
     if o.norm_after_pool or not o.last_norm:
       return x.astype(jnp.float32)
-    return _norm(o, 'norm')(x)
-
-
-class AttentionPool(nn.Module):
-  """One learned token asks the patches; an MLP with a shortcut follows."""
-
-  o: Options
-  ops: Ops
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b n d'], train: bool
-  ) -> Float[Array, 'b d']:
-    """Returns what the token became."""
-    o = dataclasses.replace(self.o, qk_norm=False)
-    init = nn.initializers.truncated_normal(o.width**-0.5)
-    probe = self.param('probe', init, (1, 1, o.width), jnp.float32)
-    probe = jnp.broadcast_to(probe.astype(o.dtype), (len(x), 1, o.width))
-    x = Attention(o, self.ops, name='attn')(probe, train, x)
-    y = _norm(o, 'norm')(x)
-    return (x + Mlp(o, self.ops, name='mlp')(y, train))[:, 0]
+    return norm(o, 'norm')(x)
 
 
 class ViT(nn.Module):
@@ -262,12 +96,18 @@ class ViT(nn.Module):
       for t in first
     ]
     x = jnp.concatenate([*first, x], axis=1)  # [b, num_first + n, d]
-    pos = self.param('pos_embed', init, (1, *x.shape[1:]), jnp.float32)
-    x = x + pos.astype(x.dtype)
+    angles = None
+    if o.position == 'rope':
+      height, width = (n // o.patch for n in images.shape[1:3])
+      dim = o.width // o.heads
+      angles = jnp.asarray(rope.angles(height, width, dim, num_first))
+    else:
+      pos = self.param('pos_embed', init, (1, *x.shape[1:]), jnp.float32)
+      x = x + pos.astype(x.dtype)
     x = nn.Dropout(o.embedding_dropout, deterministic=not train)(x)
     if o.pre_norm:
-      x = _norm(o, 'pre_norm')(x).astype(x.dtype)
-    x = Encoder(o, self.ops, name='encoder')(x, train)
+      x = norm(o, 'pre_norm')(x).astype(x.dtype)
+    x = Encoder(o, self.ops, name='encoder')(x, train, angles)
     if o.pool == 'attention':
       x = AttentionPool(o, self.ops, name='pool')(x[:, num_first:], train)
     else:
@@ -277,7 +117,7 @@ class ViT(nn.Module):
       else:
         x = token if o.pool == 'token' else mean
     if o.norm_after_pool:
-      x = _norm(o, 'pool_norm')(x)
+      x = norm(o, 'pool_norm')(x)
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
@@ -321,6 +161,12 @@ def resolve_shape(model) -> dict[str, int]:
       f'model.heads={shape["heads"]} does not divide '
       f'model.width={shape["width"]}; choose heads that divide the width'
     )
+  if model.position == 'rope' and shape['width'] // shape['heads'] % 4:
+    raise ConfigError(
+      "model.position='rope' turns pairs of channels by row and by column, but "
+      f'a head has {shape["width"] // shape["heads"]} channels; choose '
+      'model.width and model.heads that make it a multiple of 4'
+    )
   if model.norm_after_pool and model.pool in ('token_mean', 'attention'):
     what = 'puts two side by side'
     if model.pool == 'attention':
@@ -349,6 +195,8 @@ def architecture(model) -> dict[str, Any]:
       {name: True for name in ('norm_after_pool', 'pre_norm') if model[name]}
   ) | (
       {} if model.activation == 'gelu' else {'activation': model.activation}
+  ) | (
+      {} if model.position == 'learned' else {'position': model.position}
   ) | (
       {} if model.last_norm else {'last_norm': False}
   )  # fmt: skip
@@ -385,7 +233,8 @@ def stream(model) -> Stream:
       (f'{block}/norm1', attention),
       (f'{block}/norm2', (f'{block}/mlp/fc1',)),
     ]
-  turned, pooling, attending = () if model.qk_norm else blocks, ('head',), ()
+  between = model.qk_norm or model.position == 'rope'
+  turned, pooling, attending = () if between else blocks, ('head',), ()
   if model.pool == 'attention':
     pooling, attending = ('pool/attn/key', 'pool/attn/value'), ('pool',)
   # A norm commutes with turning wherever it stands, and so does the mean.
@@ -432,10 +281,11 @@ FAMILY = Family(
   reads=tuple(
     f'model.{name}'
     for name in (
-        'patch', 'width', 'depth', 'heads', 'mlp_dim', 'activation', 'pool',
-        'norm_after_pool', 'last_norm', 'pre_norm', 'registers', 'layer_scale',
-        'qk_norm', 'norm_eps', 'dropout', 'attention_dropout',
-        'embedding_dropout', 'head_dropout', 'stochastic_depth', 'remat',
+        'patch', 'width', 'depth', 'heads', 'mlp_dim', 'activation',
+        'position', 'pool', 'norm_after_pool', 'last_norm', 'pre_norm',
+        'registers', 'layer_scale', 'qk_norm', 'norm_eps', 'dropout',
+        'attention_dropout', 'embedding_dropout', 'head_dropout',
+        'stochastic_depth', 'remat',
     )
   ),  # fmt: skip
   stream=stream,

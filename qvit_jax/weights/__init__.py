@@ -1,6 +1,7 @@
 """Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.builders import (
+  eva_arguments,
   hf_config,
   how_to_build,
   timm_arguments,
@@ -15,8 +16,8 @@ from qvit_jax.weights.report import Report
 from qvit_jax.weights.save import layout_of, translate
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'full_path', 'hf_config',
-    'how_to_build', 'is_reordered', 'layout_of', 'load_weights', 'one_form',
-    'open_source', 'order_of', 'read_weights', 'resolve', 'timm_arguments',
-    'translate',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'eva_arguments', 'full_path',
+    'hf_config', 'how_to_build', 'is_reordered', 'layout_of', 'load_weights',
+    'one_form', 'open_source', 'order_of', 'read_weights', 'resolve',
+    'timm_arguments', 'translate',
 ]  # fmt: skip

@@ -54,6 +54,32 @@ def timm_arguments(
   }
 
 
+def eva_arguments(
+  shape: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns with what `timm.models.Eva` takes an export.
+
+  Args:
+    shape: As `models.architecture` gives it.
+    tensors: Of `translate` in the layout 'timm_eva'.
+  """
+  return {
+      'img_size': shape['image_size'], 'patch_size': shape['patch'],
+      'embed_dim': shape['width'], 'depth': shape['depth'],
+      'num_heads': shape['heads'], 'num_classes': shape['num_classes'],
+      'mlp_ratio': shape['mlp_dim'] / shape['width'],
+      'global_pool': 'token' if shape['pool'] == 'token' else 'avg',
+      'use_fc_norm': shape.get('norm_after_pool', False),
+      'class_token': 'cls_token' in tensors,
+      'num_reg_tokens': shape['registers'],
+      'qkv_bias': 'blocks.0.attn.q_bias' in tensors,
+      'qk_norm': shape['qk_norm'], 'use_abs_pos_emb': False,
+      'init_values': 1.0 if shape['layer_scale'] else None,
+      'use_rot_pos_emb': True, 'rope_type': 'dinov3',
+      'rope_temperature': 100, 'rope_rotate_half': True,
+  }  # fmt: skip
+
+
 def how_to_build(
   shape: dict[str, Any], tensors: dict[str, np.ndarray], layout: str
 ) -> list[str]:
@@ -70,6 +96,10 @@ def how_to_build(
     arguments = timm_arguments(shape, tensors).items()
     text = ', '.join(f'{name}={value!r}' for name, value in arguments)
     lines.append(f'it fits timm.models.VisionTransformer({text})')
+  if layout == 'timm_eva':
+    arguments = eva_arguments(shape, tensors).items()
+    text = ', '.join(f'{name}={value!r}' for name, value in arguments)
+    lines.append(f'it fits timm.models.eva.Eva({text})')
   if here != usual:
     lines.append(f'build it with LayerNorm epsilon {here:g}, not {usual:g}')
   if call := _cnn_call(shape, layout):

@@ -97,10 +97,10 @@ class Comparison:
     )
     if there != depth:
       self.problems.append(f'the depth is {there} there, {depth} here')
-    if 'pos_embed' not in self.wanted:
+    if 'patch_embed/kernel' not in self.wanted:
       return
     there = self.shape('cls') or self.shape('pos_embed') or ()
-    here = self.wanted['pos_embed'].shape[-1]
+    here = self.wanted['patch_embed/kernel'].shape[-1]
     if len(there) == 3 and there[-1] != here:
       self.problems.append(f'the width is {there[-1]} there, {here} here')
 
@@ -225,7 +225,8 @@ class Comparison:
     self.problems += problems
     if 'pos_embed' in self.ours and 'pos_embed' in self.wanted:
       self.find_slots()
-      width = self.wanted['pos_embed'].shape[-1]
+    if 'patch_embed/kernel' in self.wanted:
+      width = self.wanted['patch_embed/kernel'].shape[-1]
       cls = self.shape('cls')
       if cls not in (None, (1, 1, width)):
         name = self.ours['cls'][1]

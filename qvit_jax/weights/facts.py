@@ -17,7 +17,10 @@ from qvit_jax.weights import origin
 
 _MAX_JSON = 8 * 2**20
 # Architectures of timm whose shapes fit, but which compute something else.
-_OTHERWISE = {'norms behind the branches': '_rpn_'}
+_OTHERWISE = {
+  'norms behind the branches': '_rpn_',
+  'other rotary positions': '_rope_|_pe_',
+}
 # Names of activations, and of timm's models with one that is not its usual.
 _ACTIVATIONS = {
     'gelu': 'gelu', 'gelu_erf': 'gelu', 'nn.GELU': 'gelu', 'GELU': 'gelu',
@@ -89,6 +92,8 @@ def read_facts(
     for part in (timm, config, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
+    if re.search('_dinov3|_lingbot', str(config.get('architecture', ''))):
+      facts['position'] = 'rope'  # DINOv3's
     for part in (timm, config):  # how it pads
       facts |= origin.of_name(str(part.get('architecture', '')))
     facts |= _images(timm or config, 'mean', 'std', 'interpolation')

@@ -60,6 +60,7 @@ class KeyMap:
     counters: Whether norms with statistics count their updates.
     registers: How many `model.registers` they have; None: any number.
     biases: Whether its queries, keys and values always have biases.
+    has_positions: Whether the positions of its models are learned.
     last_norm: Whether they all have a norm behind the blocks or the pooling.
     has_scales: Whether they all have LayerScale.
     register_prefix: The prefix that is written with registers, if another.
@@ -83,6 +84,7 @@ class KeyMap:
   pools: tuple[str, ...] = ('token',)
   registers: int | None = 0
   biases: bool = False
+  has_positions: bool = True
   last_norm: bool = True
   has_scales: bool = False
   register_prefix: str = ''

@@ -77,6 +77,29 @@ _TIMM = (
     *_norm(BLOCK + 'attn/key_norm', 'blocks.{i}.attn.k_norm'),
 )  # fmt: skip
 
+# timm's Eva: rotary positions, keys without bias.
+_EVA = (
+    Row('cls', 'cls_token', 'same'),
+    Row('registers', 'reg_token', 'same'),
+    *_linear('patch_embed', 'patch_embed.proj', 'conv'),
+    *_norm(BLOCK + 'norm1', 'blocks.{i}.norm1'),
+    *(Row(f'{BLOCK}attn/{name}/kernel', 'blocks.{i}.attn.qkv.weight', 'linear',
+          part) for part, name in enumerate(('query', 'key', 'value'))),
+    Row(BLOCK + 'attn/query/bias', 'blocks.{i}.attn.q_bias', 'vector'),
+    Row(BLOCK + 'attn/value/bias', 'blocks.{i}.attn.v_bias', 'vector'),
+    *_norm(BLOCK + 'attn/query_norm', 'blocks.{i}.attn.q_norm'),
+    *_norm(BLOCK + 'attn/key_norm', 'blocks.{i}.attn.k_norm'),
+    *_linear(BLOCK + 'attn/out', 'blocks.{i}.attn.proj', 'linear_in2'),
+    Row(BLOCK + 'scale1', 'blocks.{i}.gamma_1', 'vector'),
+    *_norm(BLOCK + 'norm2', 'blocks.{i}.norm2'),
+    *_linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
+    *_linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.fc2'),
+    Row(BLOCK + 'scale2', 'blocks.{i}.gamma_2', 'vector'),
+    *_norm('encoder/norm', 'norm'),
+    *_norm('pool_norm', 'fc_norm'),
+    *_linear('head', 'head'),
+)  # fmt: skip
+
 _HF_STEM = (
     Row('cls', '~embeddings.cls_token', 'same'),
     Row('pos_embed', '~embeddings.position_embeddings', 'same'),
@@ -185,6 +208,14 @@ LAYOUTS = {
         registers=None,
         pre_norm_eps=1e-5,
         last_norm=False,
+    ),
+    'timm_eva': KeyMap(
+        "timm's Eva",
+        _EVA,
+        norm_eps=1e-5,
+        pools=('token', 'mean', 'patch_mean'),
+        registers=None,
+        has_positions=False,
     ),
     'timm_distilled': KeyMap(
         'timm with a distillation token',

@@ -64,7 +64,7 @@ class Report:
         f'the file does not tell its attention heads: {heads} assumed'
       )
     if heads:
-      notes += self._compare_activation(shape)
+      notes += self._compare_function(shape)
     there, here = facts.get('norm_eps'), shape.get('norm_eps')
     if None not in (there, here) and there != here:
       notes.append(
@@ -76,16 +76,21 @@ class Report:
       notes.append(f'model.pool was {there} there, {here} here')
     return notes
 
-  def _compare_activation(self, shape: dict[str, Any]) -> list[str]:
+  def _compare_function(self, shape: dict[str, Any]) -> list[str]:
     there, here = self.facts.get('activation'), shape.get('activation', 'gelu')
+    notes = []
     if there is None and shape.get('pre_norm'):  # CLIPs have one or the other
-      return [f'the file does not tell its activation: {here} assumed']
+      notes.append(f'the file does not tell its activation: {here} assumed')
+    if shape.get('position') == 'rope' and 'position' not in self.facts:
+      notes.append(
+        'the file does not tell its rotary positions: those of DINOv3 assumed'
+      )
     if there not in (None, here):
       raise WeightsError(
         f'weights {self.source} are of a model with activation {there!r}, but '
         f'model.activation={here!r}; set --config.model.activation={there}'
       )
-    return []
+    return notes
 
   def lines(self) -> list[str]:
     """Returns the report for the terminal."""

@@ -47,13 +47,19 @@ def translate(
   if not keymap.biases and not any(ours[name].any() for name in biases):
     ours = {name: x for name, x in ours.items() if name not in biases}
   rows = _places(keymap, ours)
+  # EVA's keys never have one.
+  idle = [name for name in biases if name in ours and name not in rows]
+  idle = [name for name in idle if not ours[name].any()]
+  ours = {name: x for name, x in ours.items() if name not in idle}
   homeless = [name for name in ours if name not in rows]
   if homeless:
     raise ExportError(
       f'the layout {layout} has no place for {", ".join(collapse(homeless))}; '
       f'{_other_layouts(ours, pool or _pool_of(ours))}'
     )
-  if 'registers' in ours and keymap.slots[0] != 'all':
+  if 'pos_embed' not in ours:
+    pass  # rotary positions have no parameters
+  elif 'registers' in ours and keymap.slots[0] != 'all':
     _fold_positions(ours, keymap.slots[0])
   elif 'grid' in keymap.slots and 'cls' in ours:
     has_position = ours['pos_embed'][:, 0].any()
@@ -134,7 +140,7 @@ def _pool_of(ours: dict[str, np.ndarray]) -> str:
     return 'attention'
   if 'cls' not in ours:
     return 'mean'
-  width = ours['pos_embed'].shape[-1]
+  width = ours['patch_embed/kernel'].shape[-1]
   return 'token' if ours['head/kernel'].shape[0] == width else 'token_mean'
 
 
@@ -156,8 +162,11 @@ def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
   if keymap.registers not in (None, registers):
     problems.append(f'model.registers is {registers}, not {keymap.registers}')
   norms = ('encoder/norm/scale', 'pool_norm/scale')
-  has_none = 'pos_embed' in ours and not any(name in ours for name in norms)
-  if keymap.last_norm and has_none:
+  is_vit = 'patch_embed/kernel' in ours
+  if is_vit and keymap.has_positions != ('pos_embed' in ours):
+    here = 'learned' if 'pos_embed' in ours else 'rope'
+    problems.append(f'model.position is {here}')
+  if is_vit and keymap.last_norm and not any(name in ours for name in norms):
     problems.append('the model has no last norm')
   if keymap.has_scales and 'encoder/block_00/scale1' not in ours:
     problems.append('the model has no LayerScale')

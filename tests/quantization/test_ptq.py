@@ -27,6 +27,7 @@ from qvit_jax.quantization.ptq import calibrate, gptq, rotate, row_checks, rows
 from qvit_jax.quantization.ptq.ranges import choose_range
 from qvit_jax.store import artifacts
 from tests.small_models import (
+  DINOV3,
   SIGLIP,
   collect,
   logits,
@@ -216,7 +217,8 @@ def test_gptq_is_the_papers_algorithm():
 @pytest.mark.parametrize(
   'fields',
   [{}, {'pool': 'mean'}, {'pool': 'token_mean', 'layer_scale': 1.0},
-   {'registers': 2}, {'qk_norm': True}, SIGLIP],
+   {'registers': 2}, {'qk_norm': True}, SIGLIP,
+   DINOV3],
 )  # fmt: skip
 def test_folding_and_turning_leave_the_function(fields):
   config = rich_config(**fields)

@@ -41,6 +41,7 @@ from qvit_jax.store import artifacts
 from tests.conftest import ROOT
 from tests.small_models import (
   CLIP,
+  DINOV3,
   SIGLIP,
   collect,
   logits,
@@ -83,12 +84,15 @@ def sqnr(wanted, found):
   [
     pytest.param(CLIP, 'w4a4', 8, id='clip'),
     pytest.param(SIGLIP, 'int8_static', 25, id='siglip'),
+    pytest.param(DINOV3, 'w4a4', 8, id='dinov3'),
+    pytest.param(DINOV3, 'int8_static', 25, id='dinov38',
+                 marks=pytest.mark.slow),
     pytest.param(CLIP, 'int8_static', 25, id='clip8', marks=pytest.mark.slow),
     pytest.param(CLIP, 'w4a8', 11, id='clip48', marks=pytest.mark.slow),
     pytest.param(SIGLIP, 'w4a8', 11, id='siglip48', marks=pytest.mark.slow),
     pytest.param(SIGLIP, 'w4a4', 8, id='siglip4', marks=pytest.mark.slow),
   ],
-)
+)  # fmt: skip
 def test_rows_of_other_backbones(fields, name, least, tmp_path):
   """Packed, written, read, and near float."""
   config = rich_config(**fields)
@@ -119,7 +123,7 @@ def channels(stats, suffix='query'):
 @pytest.mark.parametrize(
   'fields',
   [{}, {'pool': 'token_mean', 'layer_scale': 1.0}, {'qk_norm': True}, CLIP,
-   SIGLIP],
+   SIGLIP, DINOV3],
 )  # fmt: skip
 @pytest.mark.parametrize('solver', ['smooth_quant', 'reparametrize'])
 def test_a_transform_leaves_the_function(solver, fields):

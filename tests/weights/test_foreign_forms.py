@@ -476,6 +476,7 @@ OPTIONS = {
     'qkv_bias': (True, False),
     'pre_norm': (False, True),
     'last_norm': (True, False),
+    'position': ('learned', 'rope'),
     'activation': ('gelu', 'gelu_tanh', 'quick_gelu'),
 }  # fmt: skip
 
@@ -514,9 +515,10 @@ def random_model(case, **fields):
   params = {name: np.array(x, np.float32) for name, x in params.items()}
   count = config.model.registers
   first = case['pool'] not in ('mean', 'attention')
-  params['pos_embed'][:, first : first + count] = 0
-  if first and (count or not has_position):
-    params['pos_embed'][:, 0] = 0
+  if case['position'] == 'learned':
+    params['pos_embed'][:, first : first + count] = 0
+    if first and (count or not has_position):
+      params['pos_embed'][:, 0] = 0
   if config.model.pre_norm:  # such patches have no bias
     params['patch_embed/bias'] = np.zeros_like(params['patch_embed/bias'])
   for name in params:
@@ -563,7 +565,7 @@ def test_a_trained_bias_of_patches_goes_into_positions(registers, tmp_path):
     dict.fromkeys(OPTIONS, False)
     | {'pool': 'token', 'registers': registers, 'layer_scale': 0.0}
     | {'activation': 'quick_gelu', 'pre_norm': True, 'qkv_bias': True}
-    | {'last_norm': True}
+    | {'last_norm': True, 'position': 'learned'}
   )
   params['patch_embed/bias'] = np.linspace(-1, 1, 12, dtype=np.float32)
   written = translate(tree.nest(params), 'timm')
@@ -590,7 +592,7 @@ def test_mean_pooling_with_registers_is_the_file_that_was_imported(tmp_path):
   config, params = random_model(
     dict.fromkeys(OPTIONS, False)
     | {'pool': 'mean', 'registers': 4, 'layer_scale': 0.0, 'qkv_bias': True}
-    | {'activation': 'gelu', 'last_norm': True}
+    | {'activation': 'gelu', 'last_norm': True, 'position': 'learned'}
   )
   written = translate(tree.nest(params), 'timm')
   assert written['pos_embed'].shape == (1, 4, 12)

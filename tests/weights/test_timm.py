@@ -20,13 +20,13 @@ from qvit_jax import tree
 from qvit_jax.errors import ExportError, QvitError
 from qvit_jax.models import architecture, build_model
 from qvit_jax.store.entries import Entry, Source
-from qvit_jax.weights import facts, timm_arguments, translate
+from qvit_jax.weights import eva_arguments, facts, timm_arguments, translate
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import recognise
 from tests.weights.test_foreign_forms import OPTIONS, pairwise, random_model
 from tests.weights.test_weights import shapes_of
 
-FITTING = 141  # of the 230 names of timm 1.0.31; the README lists them by kind
+FITTING = 151  # of the 230 names of timm 1.0.31; the README lists them by kind
 # Regex of an error of ours, or of what timm's model says of itself -> a word.
 REASONS = {
     'relative positions': r'rel_pos|relative_position',
@@ -73,7 +73,8 @@ def fields_of(model, shapes):
     num_classes=shapes.get('head.weight', (5,))[0], pool=pool,
     registers=sum(registers),
     norm_after_pool='fc_norm.weight' in shapes,
-    layer_scale=float(any('ls1' in k for k in blocks)),
+    layer_scale=float(any(re.search('ls1|gamma_1', k) for k in blocks)),
+    position='learned' if 'pos_embed' in shapes else 'rope',
     qk_norm=any('q_norm' in k for k in blocks), norm_eps=1e-6,
     pre_norm='norm_pre.weight' in shapes,
     last_norm=bool({'norm.weight', 'fc_norm.weight'} & shapes.keys()),
@@ -88,6 +89,15 @@ def name_of(activation):
   return {
     'GELU': 'gelu_tanh', 'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'
   }.get(kind)  # fmt: skip
+
+
+def is_dinov3(model):
+  """Whether the rotary positions of timm's Eva are those of DINOv3."""
+  return (
+    type(model.rope).__name__ == 'RotaryEmbeddingDinoV3'
+    and (model.rope.temperature, model.rope.rotate_half) == (100, True)
+    and model.rope.normalize_coords == 'separate'
+  )
 
 
 def problem_of(model):
@@ -116,7 +126,10 @@ def problem_of(model):
   except QvitError as error:
     return str(error)
   assert bool(report.reinitialised) == ('head.weight' not in shapes)
-  if (block := type(model.blocks[0]).__name__) != 'Block':
+  block = type(model.blocks[0]).__name__
+  if block == 'EvaBlock' and not is_dinov3(model):
+    return 'other rope'
+  if block not in ('Block', 'EvaBlock'):
     return f'block {block}'
   kind = getattr(model.blocks[0].mlp, 'act', None)
   if name_of(kind) is None:
@@ -144,7 +157,7 @@ def test_the_registry_by_shapes(timm):
     with torch.device('meta'):
       model = timm.create_model(name)
     problem = problem_of(model)
-    if re.search('ResPostBlock', problem):
+    if re.search(r'^(block \w+$|other rope|activation|pooling)', problem):
       alike.add(name)
     if not problem:
       kind = name_of(model.blocks[0].mlp.act)
@@ -159,24 +172,39 @@ def test_the_registry_by_shapes(timm):
   assert len(fitting) == FITTING
   assert set(others) <= set(REASONS)
   # What no shape tells is known by the name that a config.json gives.
-  assert alike == {name for name in names if facts.computes_otherwise(name)} - {
-    *others['relative positions'],
-  }
+  known = {name for name in names if facts.computes_otherwise(name)}
+  assert alike and alike <= known and not known & {*fitting}
+
+
+EVA = {
+    'pool': ('token', 'mean', 'patch_mean'), 'norm_after_pool': (False, True),
+    'registers': (0, 3), 'layer_scale': (0.0, 1.0), 'qk_norm': (False, True),
+    'class_position': (True,), 'qkv_bias': (True, False), 'pre_norm': (False,),
+    'activation': ('gelu',), 'last_norm': (True,), 'position': ('rope',),
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', pairwise(OPTIONS), ids=str)
+@pytest.mark.parametrize(
+  'case', [*pairwise(OPTIONS), *pairwise(EVA)], ids=str
+)
 def test_the_library_computes_what_we_export(case, timm):
   import torch
 
   config, params = random_model(case)
+  if case['position'] == 'rope':  # whose keys have no bias
+    for name in params:
+      if name.endswith('key/bias'):
+        params[name] = np.zeros_like(params[name])
+  layout = 'timm' if case['position'] == 'learned' else 'timm_eva'
   try:
-    tensors = translate(tree.nest(params), 'timm', config.model.pool)
+    tensors = translate(tree.nest(params), layout, config.model.pool)
   except ExportError:
     pytest.skip('timm has no such model')
-  model = timm.models.VisionTransformer(
-    **timm_arguments(architecture(config), tensors)
-  ).eval()
+  kind, arguments = timm.models.VisionTransformer, timm_arguments
+  if layout == 'timm_eva':
+    kind, arguments = timm.models.eva.Eva, eva_arguments
+  model = kind(**arguments(architecture(config), tensors)).eval()
   model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
   images = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
   images = images.astype(np.float32)

@@ -62,6 +62,12 @@ FIELDS = (
     'Outputs of the head; >= 2.',
   ),
   Field(
+    'model.position', 'learned', one_of('learned', 'rope'),
+    "Of patches: 'learned' (added to them) | 'rope' (turns queries and keys by "
+    'row and column, no parameters, DINOv3).',
+    of_family=True,
+  ),
+  Field(
     'model.pool', 'token', 
     one_of('token', 'mean', 'patch_mean', 'token_mean', 'attention'),
     "What the head sees: 'token' (class token) | 'mean' (of the patches; no "
