@@ -49,7 +49,9 @@ model
     A norm stands before the blocks, behind the positions (CLIP).
   model.activation = 'gelu'
     Between the layers of an MLP: 'gelu' (exact) | 'gelu_tanh' (SigLIP) |
-    'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP). No tensor shows it.
+    'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP) | 'swiglu' (SiLU of a
+    second layer times the first, DINOv3's larger ones). No tensor shows which
+    GELU.
   model.registers = 0
     Tokens after the class token that no patch fills: registers, or the
     distillation token of DeiT; >= 0.

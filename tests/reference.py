@@ -142,8 +142,12 @@ ACTIVATIONS = {'gelu': gelu, 'gelu_tanh': gelu_tanh, 'quick_gelu': quick_gelu}
 
 
 def mlp(x, params, activation='gelu'):
-  x = x @ params['fc1']['kernel'] + params['fc1']['bias']
-  x = ACTIVATIONS[activation](x)
+  first = x @ params['fc1']['kernel'] + params['fc1']['bias']
+  if activation == 'swiglu':
+    gate = x @ params['gate']['kernel'] + params['gate']['bias']
+    x = first * gate / (1 + np.exp(-gate))
+  else:
+    x = ACTIVATIONS[activation](first)
   return x @ params['fc2']['kernel'] + params['fc2']['bias']
 
 

@@ -18,6 +18,7 @@ def normal(shape, seed=0):
 CLIP = {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5}
 SIGLIP = {'pool': 'attention', 'activation': 'gelu_tanh'}
 DINOV3 = {'position': 'rope', 'registers': 2, 'layer_scale': 1.0}
+DINOV3_PLUS = DINOV3 | {'activation': 'swiglu'}
 
 
 def rich_config(**fields):

@@ -38,8 +38,8 @@ TENSOR_RULES = (
   (r'attn/(query|key|value)/kernel$', 1),
   (r'attn/(query|key|value)/bias$', 0),
   (r'attn/out/kernel$', 0),
-  (r'mlp/fc1/kernel$', 1),
-  (r'mlp/fc1/bias$', 0),
+  (r'mlp/(fc1|gate)/kernel$', 1),
+  (r'mlp/(fc1|gate)/bias$', 0),
   (r'mlp/fc2/kernel$', 0),
 )
 
@@ -223,6 +223,7 @@ def stream(model) -> Stream:
   scaled = bool(model.layer_scale)
   writers = [('patch_embed', '')]
   readers = []
+  first = ('fc1', 'gate') if model.activation == 'swiglu' else ('fc1',)
   for block in blocks:
     writers += [
       (f'{block}/attn/out', f'{block}/scale1' if scaled else ''),
@@ -231,7 +232,7 @@ def stream(model) -> Stream:
     attention = tuple(f'{block}/attn/{n}' for n in ('query', 'key', 'value'))
     readers += [
       (f'{block}/norm1', attention),
-      (f'{block}/norm2', (f'{block}/mlp/fc1',)),
+      (f'{block}/norm2', tuple(f'{block}/mlp/{name}' for name in first)),
     ]
   between = model.qk_norm or model.position == 'rope'
   turned, pooling, attending = () if between else blocks, ('head',), ()
@@ -275,7 +276,7 @@ FAMILY = Family(
   targets={
     'attn': r'attn/(query|key|value|out)$',
     'qv': r'attn/(query|value)$',
-    'mlp': r'mlp/fc[12]$',
+    'mlp': r'mlp/(fc[12]|gate)$',
     'all': r'',
   },
   reads=tuple(

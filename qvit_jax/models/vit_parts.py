@@ -5,7 +5,8 @@ arXiv:2010.11929, section 3.1. LayerScale: Touvron et al. 2021,
 arXiv:2103.17239. Query/key norm: Dehghani et al. 2023, arXiv:2302.05442.
 Stochastic depth: Huang et al. 2016, arXiv:1603.09382. Attention pooling: Zhai
 et al. 2021, arXiv:2106.04560, section 3.2, as in SigLIP, arXiv:2303.15343.
-Activations: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+Activations: Hendrycks and Gimpel 2016, arXiv:1606.08415; SwiGLU: Shazeer 2020,
+arXiv:2002.05202.
 """
 
 import dataclasses
@@ -148,8 +149,13 @@ class Mlp(nn.Module):
   ) -> Float[Array, 'b n d']:
     """Returns tokens of the input's width."""
     o = self.o
-    x = SiteDense((o.mlp_dim,), self.ops, dtype=o.dtype, name='fc1')(x)
-    x = ACTIVATIONS[o.activation](x)  # [b, n, f]
+    layer = lambda name: SiteDense(
+      (o.mlp_dim,), self.ops, dtype=o.dtype, name=name
+    )
+    if o.activation == 'swiglu':
+      x = nn.silu(layer('gate')(x)) * layer('fc1')(x)  # [b, n, f]
+    else:
+      x = ACTIVATIONS[o.activation](layer('fc1')(x))
     x = nn.Dropout(o.dropout, deterministic=not train)(x)
     return SiteDense((o.width,), self.ops, dtype=o.dtype, name='fc2')(x)
 

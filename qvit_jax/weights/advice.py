@@ -6,7 +6,8 @@ from collections.abc import Iterable
 # The field that decides whether the model has a parameter.
 _FIELDS = {
     'cls': 'model.pool', 'pool': 'model.pool', 'registers': 'model.registers',
-    'norm': 'model.last_norm', 'pos_embed': 'model.position',
+    'gate': 'model.activation', 'norm': 'model.last_norm',
+    'pos_embed': 'model.position',
     'pool_norm': 'model.norm_after_pool', 'pre_norm': 'model.pre_norm',
     'scale1': 'model.layer_scale', 'scale2': 'model.layer_scale',
     'query_norm': 'model.qk_norm', 'key_norm': 'model.qk_norm',

@@ -63,7 +63,9 @@ def eva_arguments(
     shape: As `models.architecture` gives it.
     tensors: Of `translate` in the layout 'timm_eva'.
   """
-  return {
+  is_gated = shape.get('activation') == 'swiglu'
+  more = {'swiglu_mlp': True, 'swiglu_align_to': 1} if is_gated else {}
+  return more | {
       'img_size': shape['image_size'], 'patch_size': shape['patch'],
       'embed_dim': shape['width'], 'depth': shape['depth'],
       'num_heads': shape['heads'], 'num_classes': shape['num_classes'],
@@ -100,6 +102,12 @@ def how_to_build(
     arguments = eva_arguments(shape, tensors).items()
     text = ', '.join(f'{name}={value!r}' for name, value in arguments)
     lines.append(f'it fits timm.models.eva.Eva({text})')
+    kind = shape.get('activation', 'gelu')
+    if kind not in ('gelu', 'swiglu'):
+      lines.append(
+        f"the model's activation is {kind!r}; the library has the exact GELU "
+        'there, with which it computes something else'
+      )
   if here != usual:
     lines.append(f'build it with LayerNorm epsilon {here:g}, not {usual:g}')
   if call := _cnn_call(shape, layout):

@@ -42,6 +42,8 @@ class Comparison:
     )
     if names:
       self.ours = names.ours
+      if 'encoder/block_00/mlp/gate/kernel' in names.ours:
+        source.facts['activation'] = 'swiglu'
       usual = names.layout.norm_eps
       if 'pre_norm/scale' in names.ours:
         usual = names.layout.pre_norm_eps

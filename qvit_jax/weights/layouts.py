@@ -92,7 +92,6 @@ _EVA = (
     *_linear(BLOCK + 'attn/out', 'blocks.{i}.attn.proj', 'linear_in2'),
     Row(BLOCK + 'scale1', 'blocks.{i}.gamma_1', 'vector'),
     *_norm(BLOCK + 'norm2', 'blocks.{i}.norm2'),
-    *_linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
     *_linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.fc2'),
     Row(BLOCK + 'scale2', 'blocks.{i}.gamma_2', 'vector'),
     *_norm('encoder/norm', 'norm'),
@@ -211,7 +210,15 @@ LAYOUTS = {
     ),
     'timm_eva': KeyMap(
         "timm's Eva",
-        _EVA,
+        variants=(
+            ("timm's Eva", (
+                *_EVA, *_linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
+            )),
+            ('with SwiGLU', (
+                *_EVA, *_linear(BLOCK + 'mlp/gate', 'blocks.{i}.mlp.fc1_g'),
+                *_linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1_x'),
+            )),
+        ),
         norm_eps=1e-5,
         pools=('token', 'mean', 'patch_mean'),
         registers=None,

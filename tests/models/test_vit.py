@@ -168,6 +168,7 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(pool='attention', activation='gelu_tanh', heads=4),
     dict(pool='attention', registers=2, qk_norm=True, pre_norm=True),
     dict(last_norm=False, registers=1),
+    dict(activation='swiglu', mlp_dim=20),
     dict(position='rope', registers=2, layer_scale=0.1, qk_norm=True),
     dict(position='rope', pool='attention', heads=4, pre_norm=True),
     dict(last_norm=False, pool='attention'),

@@ -27,7 +27,7 @@ from qvit_jax.quantization.ptq import calibrate, gptq, rotate, row_checks, rows
 from qvit_jax.quantization.ptq.ranges import choose_range
 from qvit_jax.store import artifacts
 from tests.small_models import (
-  DINOV3,
+  DINOV3_PLUS,
   SIGLIP,
   collect,
   logits,
@@ -218,7 +218,7 @@ def test_gptq_is_the_papers_algorithm():
   'fields',
   [{}, {'pool': 'mean'}, {'pool': 'token_mean', 'layer_scale': 1.0},
    {'registers': 2}, {'qk_norm': True}, SIGLIP,
-   DINOV3],
+   DINOV3_PLUS],
 )  # fmt: skip
 def test_folding_and_turning_leave_the_function(fields):
   config = rich_config(**fields)

@@ -42,6 +42,7 @@ from tests.conftest import ROOT
 from tests.small_models import (
   CLIP,
   DINOV3,
+  DINOV3_PLUS,
   SIGLIP,
   collect,
   logits,
@@ -84,7 +85,7 @@ def sqnr(wanted, found):
   [
     pytest.param(CLIP, 'w4a4', 8, id='clip'),
     pytest.param(SIGLIP, 'int8_static', 25, id='siglip'),
-    pytest.param(DINOV3, 'w4a4', 8, id='dinov3'),
+    pytest.param(DINOV3_PLUS, 'w4a4', 8, id='dinov3'),
     pytest.param(DINOV3, 'int8_static', 25, id='dinov38',
                  marks=pytest.mark.slow),
     pytest.param(CLIP, 'int8_static', 25, id='clip8', marks=pytest.mark.slow),
@@ -123,7 +124,7 @@ def channels(stats, suffix='query'):
 @pytest.mark.parametrize(
   'fields',
   [{}, {'pool': 'token_mean', 'layer_scale': 1.0}, {'qk_norm': True}, CLIP,
-   SIGLIP, DINOV3],
+   SIGLIP, DINOV3_PLUS],
 )  # fmt: skip
 @pytest.mark.parametrize('solver', ['smooth_quant', 'reparametrize'])
 def test_a_transform_leaves_the_function(solver, fields):

@@ -31,7 +31,7 @@ from qvit_jax.quantization.methods import aqt as aqt_core
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.store import artifacts, tensors
 from tests import reference
-from tests.small_models import CLIP, DINOV3, SIGLIP, normal, rich_config
+from tests.small_models import CLIP, DINOV3_PLUS, SIGLIP, normal, rich_config
 
 PLANS = {
   'w4a4': {'default': 'w4a4'},
@@ -126,7 +126,7 @@ def test_codes_are_aqts_bit_for_bit(bits, dtype):
     ('mixed', 'per_token', 'float16', {}),
     ('w8a8', 'per_token', 'float32', CLIP),
     ('mixed', 'per_token', 'float32', SIGLIP),
-    ('w8a8', 'per_tensor', 'bfloat16', DINOV3),
+    ('w8a8', 'per_tensor', 'bfloat16', DINOV3_PLUS),
   ],
 )
 def test_a_packed_model_computes_what_training_evaluated(

@@ -51,6 +51,10 @@ LAYOUTS = {
         'timm_eva.safetensors',
         {'position': 'rope', 'registers': 2, 'layer_scale': 1.0,
          'norm_eps': 1e-5}, 'timm_eva', 0),
+    'timm_eva_swiglu': (
+        'timm_eva_swiglu.safetensors',
+        {'position': 'rope', 'registers': 2, 'layer_scale': 1.0,
+         'norm_eps': 1e-5, 'activation': 'swiglu'}, 'timm_eva', 0),
     'timm_siglip': (
         'timm_siglip.safetensors',
         {'pool': 'attention', 'activation': 'gelu_tanh'}, 'timm', 0),

@@ -93,9 +93,12 @@ FIELDS = (
     of_family=True,
   ),
   Field(
-    'model.activation', 'gelu', one_of('gelu', 'gelu_tanh', 'quick_gelu'),
+    'model.activation', 'gelu',
+    one_of('gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'),
     "Between the layers of an MLP: 'gelu' (exact) | 'gelu_tanh' (SigLIP) | "
-    "'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP). No tensor shows it.",
+    "'quick_gelu' (x sigmoid(1.702 x), of OpenAI's CLIP) | 'swiglu' (SiLU of a "
+    "second layer times the first, DINOv3's larger ones). No tensor shows "
+    'which GELU.',
     of_family=True,
   ),
   Field(
