@@ -171,7 +171,8 @@ def test_a_backbone_alone_gets_a_fresh_head():
   assert report.reinitialised['head/kernel'] == 'the file has none'
   assert report.unused == ['pooler.dense.bias', 'pooler.dense.weight']
   assert report.facts == {
-    'norm_eps': 1e-12, 'heads': 3, 'image_size': 16, 'patch': 4
+    'norm_eps': 1e-12, 'heads': 3, 'image_size': 16, 'patch': 4,
+    'activation': 'gelu',
   }  # fmt: skip
 
 
@@ -355,10 +356,10 @@ def test_an_unknown_layout_names_the_nearest(tmp_path):
 
 def test_tensors_nobody_expects_are_refused(tmp_path):
   tensors = safetensors.numpy.load_file(FIXTURES / 'timm.safetensors')
-  tensors['norm_pre.weight'] = np.ones(24, np.float32)
+  tensors['norm_behind.weight'] = np.ones(24, np.float32)
   path = tmp_path / 'more.safetensors'
   safetensors.numpy.save_file(tensors, path)
-  with pytest.raises(WeightsError, match='unknown tensor norm_pre.weight'):
+  with pytest.raises(WeightsError, match='unknown tensor norm_behind.weight'):
     load_weights(str(path), shapes_of(make_config()))
 
 
