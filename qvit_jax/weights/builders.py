@@ -9,6 +9,11 @@ import numpy as np
 
 from qvit_jax.weights.layouts import LAYOUTS
 
+# model.activation as transformers calls it.
+_HIDDEN_ACT = {
+  'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'quick_gelu': 'quick_gelu'
+}  # fmt: skip
+
 
 def timm_arguments(
   shape: dict[str, Any], tensors: dict[str, np.ndarray]
@@ -102,12 +107,14 @@ def how_to_build(
     arguments = eva_arguments(shape, tensors).items()
     text = ', '.join(f'{name}={value!r}' for name, value in arguments)
     lines.append(f'it fits timm.models.eva.Eva({text})')
-    kind = shape.get('activation', 'gelu')
-    if kind not in ('gelu', 'swiglu'):
-      lines.append(
-        f"the model's activation is {kind!r}; the library has the exact GELU "
-        'there, with which it computes something else'
-      )
+  # timm's call and transformers' config.json say it.
+  kind, says = shape.get('activation', 'gelu'), layout == 'timm'
+  says = says or bool(LAYOUTS[layout].transformers)
+  if kind not in ('gelu', 'swiglu') and not says:
+    lines.append(
+      f'the model has model.activation={kind!r}; the library has the exact '
+      'GELU, with which it computes something else'
+    )
   if here != usual:
     lines.append(f'build it with LayerNorm epsilon {here:g}, not {usual:g}')
   if call := _cnn_call(shape, layout):
@@ -169,7 +176,8 @@ def hf_config(
   config = {
       'architectures': [f'{name}ForImageClassification'], 'model_type': kind,
       'hidden_size': shape['width'], 'num_hidden_layers': shape['depth'],
-      'num_attention_heads': shape['heads'], 'hidden_act': 'gelu',
+      'num_attention_heads': shape['heads'],
+      'hidden_act': _HIDDEN_ACT[shape.get('activation', 'gelu')],
       'image_size': shape['image_size'], 'patch_size': shape['patch'],
       'num_channels': 3, 'layer_norm_eps': shape['norm_eps'],
       'qkv_bias': any('query.bias' in name for name in tensors),

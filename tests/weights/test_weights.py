@@ -14,17 +14,20 @@ import pytest
 import safetensors.numpy
 
 from configs import common
+from qvit_jax import tree
 from qvit_jax.errors import ExportError, WeightsError
-from qvit_jax.models import build_model
+from qvit_jax.models import architecture, build_model
 from qvit_jax.store import entries
 from qvit_jax.store.tensors import save_tensors
 from qvit_jax.weights import (
   adapt,
   hf_config,
+  how_to_build,
   load_weights,
   translate,
 )
 from qvit_jax.weights.containers import open_source
+from tests import reference
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 # name: (file, fields of config.model, layout to write, tensors that are unused)
@@ -460,6 +463,29 @@ def test_transformers_finds_the_mlp_again(width, mlp_dim):
                num_classes=5)  # fmt: skip
   config = json.loads(hf_config(shape, {}, 'hf_dinov2'))
   assert int(config['hidden_size'] * config['mlp_ratio']) == mlp_dim
+
+
+@pytest.mark.parametrize(
+  ('kind', 'theirs'),
+  [('gelu', 'gelu'), ('gelu_tanh', 'gelu_pytorch_tanh'),
+   ('quick_gelu', 'quick_gelu')],
+)  # fmt: skip
+def test_an_export_says_its_activation(kind, theirs):
+  """By config.json or the call where the library can have it, else a line."""
+  shape = architecture(make_config(activation=kind))
+  params = tree.flatten(reference.random_params(shapes_of(make_config())))
+  assert json.loads(hf_config(shape, {}, 'hf'))['hidden_act'] == theirs
+  lines = {
+    layout: '\n'.join(
+      how_to_build(shape, translate(tree.nest(params), layout), layout)
+    )
+    for layout in ('timm', 'torchvision', 'google', 'hf')
+  }
+  is_other = kind != 'gelu'
+  assert (f"act_layer='{kind}'" in lines['timm']) == is_other
+  for layout in ('torchvision', 'google'):
+    assert (f"model.activation='{kind}'; the" in lines[layout]) == is_other
+  assert 'activation' not in lines['hf']
 
 
 @pytest.mark.parametrize(

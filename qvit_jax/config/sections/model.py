@@ -68,7 +68,7 @@ FIELDS = (
     of_family=True,
   ),
   Field(
-    'model.pool', 'token', 
+    'model.pool', 'token',
     one_of('token', 'mean', 'patch_mean', 'token_mean', 'attention'),
     "What the head sees: 'token' (class token) | 'mean' (of the patches; no "
     "class token) | 'patch_mean' (of the patches, beside a class token, as "
