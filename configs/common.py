@@ -16,8 +16,10 @@ model
     The family of models.
   model.size = ''
     ViT: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; ''
-    takes the five numbers below instead. VGG: '11', '13', '16' or '19' layers.
-    MobileNetV2: a factor of all channels from '0.35' to '1.4'.
+    takes the five numbers below instead, 'auto' the whole model from the
+    weights or the run that is named, and says which from where. VGG: '11',
+    '13', '16' or '19' layers. MobileNetV2: a factor of all channels from '0.35'
+    to '1.4'.
   model.patch = 16
     Side of a patch in pixels; divides image_size.
   model.width = 192

@@ -12,7 +12,10 @@ from qvit_jax.data.augment_host import HostAugment, make_host_augment
 from qvit_jax.data.decode import BadFiles, printable, read_image
 from qvit_jax.errors import ConfigError, DataError
 
-__all__ = ['Data', 'find_data', 'open_data', 'open_images', 'preprocess']
+__all__ = [
+    'Data', 'count_classes', 'find_data', 'open_data', 'open_images',
+    'preprocess',
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,24 @@ def find_data(config) -> None:
     _folder_splits(config.data)
 
 
+def count_classes(config) -> int:
+  """Returns how many classes the data set has that `config.data` names.
+
+  Raises:
+    DataError: The set is missing.
+    ConfigError: A field of `config.data` contradicts another.
+  """
+  if config.data.source == 'digits':
+    return digits.NUM_CLASSES
+  if config.data.source == 'folder':
+    *splits, _ = _folder_splits(config.data)
+    names = folder_source.open_folder(config.data.dir, splits).class_names
+    return len(names)
+  from qvit_jax.data import tfds_source
+
+  return len(tfds_source.classes(_open_builder(config)))
+
+
 def _open_builder(config):
   # TFDS costs a second to import and digits do without it.
   from qvit_jax.data import tfds_source
@@ -109,7 +130,7 @@ def _open_digits(config, training: bool) -> Data:
       raise DataError(
         f"digits has no split {split!r}; choose 'train' or 'test'"
       )
-  names = tuple(map(str, range(10)))
+  names = tuple(map(str, range(digits.NUM_CLASSES)))
   return _resident(
       config, 'digits', names, splits[wanted[0]] if training else None,
       splits[wanted[1]],

@@ -4,6 +4,7 @@ import numpy as np
 from sklearn import datasets, model_selection
 
 EVAL_SIZE = 360  # a fifth, every class in proportion
+NUM_CLASSES = 10
 
 
 def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -10,6 +10,7 @@ import jax
 from qvit_jax import models, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import auto
 from qvit_jax.modes import Mode
 from qvit_jax.modes.session import say
 from qvit_jax.quantization import METHODS
@@ -38,6 +39,18 @@ def run(
 ) -> None:
   """See `modes.run`."""
   context = context_of(mode, config)
+  overrides = list(overrides)
+  if config_lib.flatten(config).get('model.size') == auto.SIZE:
+    if workdir:
+      processes.join()  # it may ask JAX for its devices
+    config, lines = auto.filled(
+      config, workdir, trains=mode.trains, overrides=overrides,
+      reads_data=not context.mode.ignores_field('data.source'),
+    )  # fmt: skip
+    for line in lines:
+      say(f'auto      {line}')
+    ignored = [name for name in auto.READ if context.mode.ignores_field(name)]
+    overrides = [name for name in overrides if name not in ignored]
   resolved, notes = config_lib.resolve(
     config, context, overrides=overrides, page=page
   )

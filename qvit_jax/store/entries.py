@@ -51,12 +51,14 @@ class Source:
     facts: What a config beside the weights says, in the words of our fields
       (`weights.facts.read_facts` lists them).
     notes: Lines for the report.
+    places: Where each of the facts stands.
   """
 
   entries: dict[str, Entry]
   title: str
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)
   notes: list[str] = dataclasses.field(default_factory=list)
+  places: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 CONVERT = (

@@ -1,12 +1,11 @@
 """Compares one file's names and shapes with the places of our model."""
 
-import math
 import re
 from typing import Any, NoReturn
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import advice, positions
+from qvit_jax.weights import advice, positions, tell
 from qvit_jax.weights.keymap import KINDS, Names, collapse
 from qvit_jax.weights.layout import Row
 from qvit_jax.weights.positions import Slots, Tokens
@@ -42,18 +41,7 @@ class Comparison:
     )
     if names:
       self.ours = names.ours
-      if 'encoder/block_00/mlp/gate/kernel' in names.ours:
-        source.facts['activation'] = 'swiglu'
-      usual = names.layout.norm_eps
-      if 'pre_norm/scale' in names.ours:
-        usual = names.layout.pre_norm_eps
-      if usual is not None:
-        source.facts.setdefault('norm_eps', usual)
-      bias = names.ours.get('encoder/block_00/attn/query/bias')
-      if bias and bias[0].kind == 'same':  # its axes are ours: heads, channels
-        shape = source.entries[bias[1]].shape
-        if len(shape) == 2:  # else refused below
-          source.facts.setdefault('heads', shape[0])
+      tell.complete_facts(source, names)
     else:
       self.ours = {
         name: (Row(name, name, 'same'), name) for name in source.entries
@@ -66,7 +54,6 @@ class Comparison:
       self.report.unused += self.names.ignored + self.names.pre_logits
       self.report.unused += self.names.outside
       self._find_zeros()
-      self._find_pool()
     self._compare_structure()
     self._compare_head()
     self._compare_names()
@@ -120,21 +107,12 @@ class Comparison:
       if not any(name in self.ours for name in names):
         self.report.zeros |= dict.fromkeys(names, 'the file has no such bias')
 
-  def _find_pool(self) -> None:
-    """What the names tell of the pooling: MAE's norm stands behind a mean."""
-    facts = self.source.facts
-    if 'pool_norm/scale' in self.ours:
-      facts.setdefault('pool', 'mean')
-    if 'pool/probe' in self.ours:
-      facts.setdefault('pool', 'attention')
-    if facts.get('pool') == 'mean' and 'cls' in self.ours:
-      facts['pool'] = 'patch_mean'
-
   def _compare_head(self) -> None:
     """A head of other classes, or none, starts fresh."""
     kernel, bias = 'head/kernel', 'head/bias'
     reason = self._drop_hidden()
-    there, here = self._head_classes(), self.wanted[bias].shape[0]
+    there = tell.head_classes(self.source, self.ours)
+    here = self.wanted[bias].shape[0]
     if kernel not in self.ours and bias not in self.ours:
       reason = 'the file has none'
     elif there is not None and there != here:
@@ -160,14 +138,6 @@ class Comparison:
       self.report.unused.append(self.ours.pop(name)[1])
       self.report.zeros.pop(name, None)
     return 'it follows hidden layers, which the model does not have'
-
-  def _head_classes(self) -> int | None:
-    """Returns the classes of the file's head; None where no shape tells."""
-    if (shape := self.shape('head/bias')) is not None:
-      return math.prod(shape)
-    if (shape := self.shape('head/kernel')) is None or len(shape) != 2:
-      return None
-    return shape[self.ours['head/kernel'][0].kind == 'same']
 
   def _note_shapes(self, ours: str) -> None:
     self.report.mis_shaped[ours] = (
@@ -247,7 +217,7 @@ class Comparison:
     """Whether patch size or channels can be adapted."""
     if len(found) != 4:
       return False
-    there = _as_ours(row, found)
+    there = tell.as_ours(row, found)
     here = self.wanted['patch_embed/kernel'].shape
     return (
       there[0] == there[1]
@@ -273,7 +243,7 @@ class Comparison:
     facts, kernel = dict(self.source.facts), 'patch_embed/kernel'
     shape = self.shape(kernel) or ()
     if len(shape) == 4:
-      patch = _as_ours(self.ours[kernel][0], shape)[:2]
+      patch = tell.as_ours(self.ours[kernel][0], shape)[:2]
       facts.setdefault('patch', list(patch))
     return positions.grid_of(facts)
 
@@ -282,8 +252,6 @@ class Comparison:
     shape, width = self.shape('pos_embed'), self.wanted['pos_embed'].shape[-1]
     there, _ = self.tokens()
     kinds = self.names.layout.slots if self.names else ('all',)
-    if not there.registers:  # what registers lack is no likelier then
-      kinds = ('all', *(kind for kind in kinds if kind != 'all'))
     told = self.told_grid()
     if len(shape) == 3 and shape[0] == 1 and shape[2] == width:
       slots = positions.find_slots(shape[1], there, kinds, told)
@@ -298,9 +266,3 @@ class Comparison:
       'tokens'
     )
     return None
-
-
-def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
-  out, channels, height, width = shape
-  return (height, width, channels, out) if row.kind == 'conv' else shape

@@ -1,7 +1,6 @@
 """Opens whatever a weights path names: a file or a folder."""
 
 import pathlib
-from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store import tensors
@@ -52,18 +51,24 @@ def open_source(path: pathlib.Path) -> Source:
   if path.name in peft.WEIGHTS:
     peft.refuse_adapter(path.parent)
   entries, container, notes = _open_file(path)
-  facts, more = _facts(path.parent, path, container)
-  return Source(entries, f'{path} ({container})', facts, notes + more)
+  return _with_facts(entries, container, path.parent, path, notes)
 
 
-def _facts(
-  folder: pathlib.Path, path: pathlib.Path, container: str
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns what is said in a file and beside it, and notes."""
-  facts, notes = read_facts(folder, path)
+def _with_facts(
+  entries: dict[str, Entry],
+  container: str,
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  notes: list[str],
+) -> Source:
+  """Returns the tensors with what is said in their file and beside it."""
+  facts, places, more = read_facts(folder, path)
+  title = f'{path} ({container})'
   if container == 'safetensors':
-    facts |= read_texts(tensors.read_metadata(path))
-  return facts, notes
+    texts = read_texts(tensors.read_metadata(path))
+    facts |= texts
+    places |= dict.fromkeys(texts, "the file's header")
+  return Source(entries, title, facts, notes + more, places)
 
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, Entry], str, list[str]]:
@@ -142,8 +147,7 @@ def _open_folder(folder: pathlib.Path) -> Source:
     entries, container, more = _open_shards(path)
   else:
     entries, container, more = _open_file(path)
-  facts, said = _facts(folder, path, container)
-  return Source(entries, f'{path} ({container})', facts, notes + more + said)
+  return _with_facts(entries, container, folder, path, notes + more)
 
 
 def _open_shards(index: pathlib.Path):

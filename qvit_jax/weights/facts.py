@@ -13,26 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
-from qvit_jax.weights import origin
+from qvit_jax.weights import origin, timm_names
 
 _MAX_JSON = 8 * 2**20
-# Architectures of timm whose shapes fit, but which compute something else.
-_OTHERWISE = {
-  'norms behind the branches': '_rpn_',
-  'other rotary positions': '_rope_|_pe_',
-}
-# Names of activations, and of timm's models with one that is not its usual.
+# Names of activations.
 _ACTIVATIONS = {
     'gelu': 'gelu', 'gelu_erf': 'gelu', 'nn.GELU': 'gelu', 'GELU': 'gelu',
     'gelu_tanh': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu_new': 'gelu_tanh', 'GELUTanh': 'gelu_tanh',
     'quick_gelu': 'quick_gelu', 'QuickGELU': 'quick_gelu',
     'quickgelu': 'quick_gelu',
-}  # fmt: skip
-_OF_TIMM = {
-    'gelu_tanh': 'base_patch32_siglip|giantopt_patch16_siglip|'
-                 'so400m_patch16_siglip|large_patch16_siglip(_gap)?_512',
-    'quick_gelu': 'quickgelu',
 }  # fmt: skip
 # Their name -> ours, for numbers.
 _NUMBERS = {
@@ -65,54 +55,67 @@ def read_json(path: pathlib.Path) -> Any:
 
 def read_facts(
   folder: pathlib.Path, path: pathlib.Path
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns what is said beside a file, in the words of our fields, and notes.
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+  """Returns what is said beside a file, in the words of our fields.
 
   Args:
     folder: Where config.json and preprocessor_config.json may lie.
     path: The weights, for messages.
 
   Returns:
-    Any of `norm_eps`, `heads`, `activation`, `image_size` and `patch` (a
-    number, or [height, width] where they differ), `pool` ('token', 'mean' or
-    'attention'), `padding`, `batch_norm_eps`, `mean`, `std`, `resize`,
-    `class_names`; and other lines.
+    Any of `architecture` (timm's name), `norm_eps`, `heads`, `activation`,
+    `image_size` and `patch` (a number, or [height, width] where they differ),
+    `pool` ('token', 'mean' or 'attention'), `position`, `padding`,
+    `batch_norm_eps`, `mean`, `std`, `resize`,
+    `class_names`; where each of them stands; and other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
   """
-  facts, notes = origin.of_name(path.name), []
+  facts: dict[str, Any] = {}
+  places: dict[str, str] = {}
+  notes: list[str] = []
+
+  def take(found: dict[str, Any], place: str) -> None:
+    facts.update(found)
+    places.update(dict.fromkeys(found, place))
+
+  take(origin.of_name(path.name), "the file's name")
   config = _object(folder / 'config.json')
   if config:
     timm = config.get('pretrained_cfg')
     timm = timm if isinstance(timm, dict) else {}
     made = config.get('model_args')  # how the model was built: it counts
     made = made if isinstance(made, dict) else {}
-    facts |= _activation(path, config, made)
+    name = str(config.get('architecture', ''))[:80]
+    if timm_names.is_known(name):
+      take({'architecture': name}, 'config.json')
+    take(_activation(path, config, made), 'config.json')
     for part in (timm, config, made):
-      facts |= _numbers(part)
+      take(_numbers(part), 'config.json')
       notes += _unread('config.json', part)
-    if re.search('_dinov3|_lingbot', str(config.get('architecture', ''))):
-      facts['position'] = 'rope'  # DINOv3's
+    if re.search('_dinov3|_lingbot', name):  # DINOv3's
+      take({'position': 'rope'}, 'config.json')
     for part in (timm, config):  # how it pads
-      facts |= origin.of_name(str(part.get('architecture', '')))
-    facts |= _images(timm or config, 'mean', 'std', 'interpolation')
+      take(origin.of_name(str(part.get('architecture', ''))), 'config.json')
+    take(_images(timm or config, 'mean', 'std', 'interpolation'), 'config.json')
     names = {'token': 'token', 'avg': 'mean', 'map': 'attention'}
     pool = made.get('global_pool', config.get('global_pool'))
     if isinstance(pool, str) and pool in names:
-      facts['pool'] = names[pool]
+      take({'pool': names[pool]}, 'config.json')
     elif isinstance(pool, str) and pool:
       notes.append(f'config.json says global_pool={pool!r}, not known here')
     found, more = _class_names(config, timm)
-    facts |= found
+    take(found, 'config.json')
     notes += more
   images = _object(folder / 'preprocessor_config.json')
   if images:
-    facts |= _images(images, 'image_mean', 'image_std', 'resample')
+    place = 'preprocessor_config.json'
+    take(_images(images, 'image_mean', 'image_std', 'resample'), place)
     if images.get('do_normalize') is False:
-      facts |= {'mean': [0.0] * 3, 'std': [1.0] * 3}
-    notes += _unread('preprocessor_config.json', images)
-  return facts, [printable(note[:300]) for note in notes]
+      take({'mean': [0.0] * 3, 'std': [1.0] * 3}, place)
+    notes += _unread(place, images)
+  return facts, places, [printable(note[:300]) for note in notes]
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
@@ -120,28 +123,14 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def computes_otherwise(architecture: Any) -> str:
-  """Returns what a model of timm does that no shape shows, '' for nothing."""
-  for what, pattern in _OTHERWISE.items():
-    if re.search(pattern, str(architecture)):
-      return what
-  return ''
-
-
-def activation_of(architecture: Any) -> str:
-  """Returns the activation of a model of timm, by its name."""
-  for ours, pattern in _OF_TIMM.items():
-    if re.search(pattern, str(architecture)):
-      return ours
-  return 'gelu'
-
-
 def _activation(
   path: pathlib.Path, config: dict, made: dict
 ) -> dict[str, Any]:
   """Returns {'activation': ours} where something tells it, or nothing."""
   name = str(config.get('architecture', ''))[:80]
-  facts = {'activation': activation_of(name)} if name.startswith('vit_') else {}
+  facts = {}
+  if name.startswith('vit_'):
+    facts['activation'] = timm_names.activation(name)
   for where, key in ((config, 'hidden_act'), (made, 'act_layer')):
     theirs = where.get(key)
     if theirs is None:
@@ -154,7 +143,7 @@ def _activation(
         'choose other weights',
       )
     facts['activation'] = _ACTIVATIONS[str(theirs)]
-  if what := computes_otherwise(name):
+  if what := timm_names.computes_otherwise(name):
     refuse(
       path,
       f'its config.json says architecture={name!r}, which has {what}; that is '

@@ -88,7 +88,21 @@ def read_weights(path: str, target: Any) -> tuple[dict[str, Any], Report]:
   kind = runs.kind_of(place)
   if kind == 'run':
     return Import(_own_source(str(place)), wanted, None).run()
-  if kind:
+  source, names = open_named(place)
+  return Import(source, wanted, names).run()
+
+
+def open_named(place: pathlib.Path) -> tuple[Source, Names]:
+  """Returns the tensors of a file of others, unread, and their names.
+
+  Args:
+    place: A file, or a folder as on the hub.
+
+  Raises:
+    WeightsError: The file is unsafe, damaged, packed by us, or nobody we know
+      names tensors so.
+  """
+  if kind := runs.kind_of(place):
     refuse(place, *_OURS[kind])
   source = open_source(place)
   try:
@@ -99,7 +113,7 @@ def read_weights(path: str, target: Any) -> tuple[dict[str, Any], Report]:
   if names is None:
     _refuse_names(source)
   _note_start(source, names)
-  return Import(source, wanted, names).run()
+  return source, names
 
 
 def _refuse_names(source: Source) -> NoReturn:

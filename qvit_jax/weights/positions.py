@@ -55,6 +55,8 @@ def find_slots(
     kinds: Which tokens may have positions, the likeliest first.
     told: The grid by image and patch size, if these are known.
   """
+  if not tokens.registers:  # what registers lack is no likelier then
+    kinds = ('all', *(kind for kind in kinds if kind != 'all'))
   counts = {
     'all': tokens.cls + tokens.registers,
     'class': int(tokens.cls),

@@ -20,7 +20,12 @@ from qvit_jax import tree
 from qvit_jax.errors import ExportError, QvitError
 from qvit_jax.models import architecture, build_model
 from qvit_jax.store.entries import Entry, Source
-from qvit_jax.weights import eva_arguments, facts, timm_arguments, translate
+from qvit_jax.weights import (
+  eva_arguments,
+  timm_arguments,
+  timm_names,
+  translate,
+)
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import recognise
 from tests.weights.test_foreign_forms import OPTIONS, pairwise, random_model
@@ -163,7 +168,7 @@ def test_the_registry_by_shapes(timm):
       alike.add(name)
     if not problem:
       kind = name_of(model.blocks[0].mlp.act)
-      assert kind in (facts.activation_of(name), 'swiglu'), name
+      assert kind in (timm_names.activation(name), 'swiglu'), name
     if problem:
       others[reason_of(problem)].append(name)
     else:
@@ -174,7 +179,7 @@ def test_the_registry_by_shapes(timm):
   assert len(fitting) == FITTING
   assert set(others) <= set(REASONS)
   # What no shape tells is known by the name that a config.json gives.
-  known = {name for name in names if facts.computes_otherwise(name)}
+  known = {name for name in names if timm_names.computes_otherwise(name)}
   assert alike and alike <= known and not known & {*fitting}
 
 

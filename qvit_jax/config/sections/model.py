@@ -25,8 +25,10 @@ FIELDS = (
   Field(
     'model.size', '', ANY,
     "ViT: 'Ti', 'S', 'B' or 'L', a slash and the patch in pixels: 'L/16'; '' "
-    "takes the five numbers below instead. VGG: '11', '13', '16' or '19' "
-    "layers. MobileNetV2: a factor of all channels from '0.35' to '1.4'.",
+    "takes the five numbers below instead, 'auto' the whole model from the "
+    'weights or the run that is named, and says which from where. VGG: '
+    "'11', '13', '16' or '19' layers. MobileNetV2: a factor of all channels "
+    "from '0.35' to '1.4'.",
   ),
   Field(
     'model.patch', 16, ONE_UP,

@@ -1,0 +1,197 @@
+"""`model.size='auto'`: the model is the one that weights or a run are of.
+
+Everything that they tell becomes a field of the config, and a line; what a page
+or a flag says otherwise is an error.
+"""
+
+import math
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+from qvit_jax import data, weights
+from qvit_jax.config import resolve as config_lib
+from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import sources
+from qvit_jax.store import runs
+from qvit_jax.weights import Told
+
+SIZE = 'auto'
+# Fields that it reads, whatever a mode reads of them.
+READ = ('checkpoint.path', 'weights.path', 'lora.path')
+_FAMILY = 'vit'
+
+
+def filled(
+  config: Any,
+  workdir: str,
+  *,
+  trains: bool,
+  reads_data: bool,
+  overrides: Collection[str] = (),
+) -> tuple[Any, list[str]]:
+  """Returns a config whose model is that of its weights or run, and lines.
+
+  Args:
+    config: With `model.size='auto'`; it stays as it is.
+    workdir: Of the run; '' for none.
+    trains: Whether the mode trains, so that a workdir's own run goes on and
+      the data decides how many classes there are.
+    reads_data: Whether the mode reads a labelled data set.
+    overrides: Fields that the command line sets.
+
+  Raises:
+    ConfigError: Nothing names a model, or fields say otherwise than it does.
+    WeightsError, CheckpointError: What is named cannot be read.
+  """
+  if config.model.name != _FAMILY:
+    raise ConfigError(
+      f"model.size='auto' reads files of vision transformers, but model.name="
+      f'{config.model.name!r}; set --config.model.size= to one of its sizes'
+    )
+  origin, told, is_whole = _told(config, workdir, trains)
+  given = {
+    name: value
+    for name, value in config_lib.flatten(config).items()
+    if name in overrides or value != config_lib.FIELDS[name].default
+  }
+  fields: dict[str, Any] = {'model.size': ''}
+  lines = [f'the model of {origin}']
+  for name, one in told.items():
+    if name == 'model.num_classes' and trains and not is_whole:
+      continue  # the head starts fresh where the data has other classes
+    value, place = one.value, one.place
+    if name in given and not _is_same(given[name], value):
+      if is_whole or one.is_sure and not _is_free(name, given[name]):
+        raise ConfigError(
+          f'{name}={_text(given[name])} of the config, but {origin} says '
+          f'{_text(value)} ({place}); leave {name} out, or choose other weights'
+        )
+      place = f'of the config; {_text(value)} by {place}'
+      value = given[name]
+    fields[name] = value
+    lines.append(f'{name}={_text(value)}: {place}')
+  for name, value, place in _untold(config, told, given, fields, reads_data):
+    fields[name] = value
+    lines.append(f'{name}={_text(value)}: {place}')
+  return config_lib.with_fields(config, fields), lines
+
+
+def _is_free(name: str, value: Any) -> bool:
+  """Returns whether a page may say otherwise than the file.
+
+  Positions are resized; a head, and a pooling with parameters, start fresh.
+  """
+  free = ('model.image_size', 'model.num_classes', 'model.layer_scale')
+  return name in free or (name, value) == ('model.pool', 'attention')
+
+
+def _told(
+  config: Any, workdir: str, trains: bool
+) -> tuple[str, dict[str, Told], bool]:
+  """Returns what is looked at, what it tells, and whether it is all the model.
+
+  A training may give a file another head, but goes on with a run as it is.
+  """
+  flat = config_lib.flatten(config)
+  config = config_lib.with_fields(
+    config, {name: config_lib.expand(flat[name]) for name in READ}
+  )
+  place = pathlib.Path(config_lib.expand(workdir))
+  has_own = bool(workdir) and runs.has_steps(place)
+  if has_own and (trains or not config.checkpoint.path):
+    return *_of_run(runs.open_run(place)), True
+  source = sources.find_start(config)
+  if source.kind == 'scratch' and config.lora.path:
+    return *_of_run(runs.open_adapter(pathlib.Path(config.lora.path))), True
+  if source.kind == 'scratch':
+    raise ConfigError(
+      "model.size='auto' is the model of weights or of a run, but none is "
+      'named; set --config.weights.path= (a file, a folder, hf://OWNER/NAME) '
+      'or --config.checkpoint.path=, or --config.model.size=S/16'
+    )
+  if source.kind != 'weights':
+    return *_of_run(runs.open_run(source.path)), True
+  local = pathlib.Path(weights.resolve(source.path)[0])
+  if runs.kind_of(local) == 'run':
+    return *_of_run(runs.open_run(local, field='weights.path')), False
+  opened, names = weights.open_named(local)
+  if 'patch_embed/kernel' not in names.ours:
+    raise ConfigError(
+      "model.size='auto' reads files of vision transformers, but weights "
+      f'{opened.title} have the {names.title} layout; set '
+      '--config.model.name= and --config.model.size= to theirs'
+    )
+  return opened.title, weights.tell(opened, names), False
+
+
+def _of_run(run: runs.Run) -> tuple[str, dict[str, Told]]:
+  """Returns what a run, a packed model or adapters of ours tell."""
+  facts = dict(run.architecture)
+  if facts.pop('name') != _FAMILY:
+    raise ConfigError(
+      f"model.size='auto' reads runs of vision transformers, but {run.origin} "
+      f'is one of {run.architecture["name"]!r}; set --config.model.name= and '
+      '--config.model.size= to its own'
+    )
+  model = (run.config or {}).get('model', {})
+  if facts['layer_scale']:
+    facts['layer_scale'] = model.get('layer_scale', 1e-5)
+  told = {f'model.{name}': value for name, value in facts.items()}
+  for name, value in (run.preprocessing or {}).items():
+    if name != 'image_size':
+      told[f'data.{name}'] = tuple(value) if name != 'resize' else value
+  return run.origin, {name: Told(x, 'its config') for name, x in told.items()}
+
+
+def _untold(
+  config: Any,
+  told: dict[str, Told],
+  given: dict[str, Any],
+  fields: dict[str, Any],
+  reads_data: bool,
+):
+  """Yields (field, value, why) of what the file does not tell."""
+  if 'model.heads' not in told and 'model.heads' not in given:
+    width = told['model.width'].value
+    usual = weights.usual_heads(width)
+    advice = f', which divides the width {width}'
+    if usual:
+      advice = f' ({usual} is usual for the width {width})'
+    raise ConfigError(
+      f'weights.path={config.weights.path!r} does not tell its attention '
+      'heads: no tensor shows them, and no config.json beside it says them; '
+      f'set --config.model.heads={usual or ""}{advice}'
+    )
+  if 'model.heads' not in told:
+    yield 'model.heads', given['model.heads'], 'of the config, nothing tells it'
+  if 'model.image_size' not in told:
+    size, patch = config.model.image_size, fields['model.patch']
+    if 'model.image_size' not in given:
+      size = max(1, size // patch) * patch
+    yield 'model.image_size', size, 'of the config, nothing tells it'
+  if 'model.num_classes' not in fields:
+    if 'model.num_classes' in given:
+      yield 'model.num_classes', given['model.num_classes'], 'of the config'
+    elif reads_data:
+      count = max(2, data.count_classes(config))
+      yield 'model.num_classes', count, 'classes of the data set'
+
+
+def _is_same(here: Any, there: Any) -> bool:
+  """Returns whether two values of a field mean the same."""
+  if isinstance(there, (tuple, list)) and isinstance(here, (tuple, list)):
+    # A page may round them: a tenth of a step of 8 bits is nothing.
+    return len(here) == len(there) and all(
+      abs(a - b) <= 4e-4 for a, b in zip(here, there, strict=True)
+    )
+  if isinstance(there, float) or isinstance(here, float):
+    return math.isclose(here, there, rel_tol=1e-6)
+  return here == there
+
+
+def _text(value: Any) -> str:
+  """Returns a value for a line, as a flag takes it."""
+  if isinstance(value, (tuple, list)):
+    return f'({", ".join(f"{x:.6g}" for x in value)})'
+  return f'{value:g}' if isinstance(value, float) else str(value)
