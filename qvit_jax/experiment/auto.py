@@ -61,7 +61,11 @@ def filled(
     if name == 'model.num_classes' and trains and not is_whole:
       continue  # the head starts fresh where the data has other classes
     value, place = one.value, one.place
-    if name in given and not _is_same(given[name], value):
+    if name == 'model.layer_scale' and name in given:
+      is_same = bool(given[name]) == bool(value)  # else only how it starts
+    else:
+      is_same = _is_same(given.get(name, value), value)
+    if not is_same:
       if is_whole or one.is_sure and not _is_free(name, given[name]):
         raise ConfigError(
           f'{name}={_text(given[name])} of the config, but {origin} says '
@@ -82,7 +86,7 @@ def _is_free(name: str, value: Any) -> bool:
 
   Positions are resized; a head, and a pooling with parameters, start fresh.
   """
-  free = ('model.image_size', 'model.num_classes', 'model.layer_scale')
+  free = ('model.image_size', 'model.num_classes')
   return name in free or (name, value) == ('model.pool', 'attention')
 
 

@@ -149,19 +149,19 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     axis = 1 if row.kind == 'same' else 0
     parts = row.parts if row.part is not None else 1
     told['model.mlp_dim'] = Told(shape(hidden)[axis] // parts, stands(hidden))
-  registers = 0
-  if 'registers' in ours:
-    registers = math.prod(shape('registers')) // stem[-1]
-    told['model.registers'] = Told(registers, stands('registers'))
-  for field, name in (
-    ('norm_after_pool', 'pool_norm/scale'),
-    ('pre_norm', 'pre_norm/scale'),
-    ('qk_norm', f'{_BLOCK}attn/query_norm/scale'),
-    ('layer_scale', f'{_BLOCK}scale1'),
+  registers = math.prod(shape('registers') or (0,)) // stem[-1]
+  for field, value, name in (
+    ('registers', registers, 'registers'),
+    ('norm_after_pool', True, 'pool_norm/scale'),
+    ('pre_norm', True, 'pre_norm/scale'),
+    ('qk_norm', True, f'{_BLOCK}attn/query_norm/scale'),
+    ('layer_scale', _LAYER_SCALE, f'{_BLOCK}scale1'),
   ):
-    if name in ours:
-      value = _LAYER_SCALE if field == 'layer_scale' else True
-      told[f'model.{field}'] = Told(value, stands(name))
+    told[f'model.{field}'] = (
+      Told(value, stands(name))
+      if name in ours
+      else Told(type(value)(0), 'no such tensor')
+    )
   if not {'encoder/norm/scale', 'pool_norm/scale'} & ours.keys():
     told['model.last_norm'] = Told(False, 'no norm behind the blocks')
   told |= _pool(source, names, stem[-1])
@@ -170,6 +170,8 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     told['model.activation'] = Told(facts['activation'], places['activation'])
   else:
     told['model.activation'] = Told('gelu', 'assumed, nothing tells it', False)
+  if 'pos_embed' in ours:
+    told['model.position'] = Told('learned', stands('pos_embed'))
   for name in ('norm_eps', 'heads', 'position'):
     if name in facts:
       told[f'model.{name}'] = Told(facts[name], places[name])

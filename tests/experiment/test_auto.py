@@ -40,8 +40,8 @@ def test_a_file_tells_the_model_that_its_library_made(name):
   if fields.get('position') == 'rope':
     given['model__image_size'] = 16
   config, lines = fill(path, **given)
-  wanted = architecture(make_config(**fields).model)
-  found = architecture(config.model)
+  wanted = architecture(make_config(**fields))
+  found = architecture(config)
   assert found == pytest.approx(wanted)
   assert len(lines) >= 8
 
@@ -82,7 +82,7 @@ def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
       if size in (24, 72):
         values = values.repeat(8, axis)  # width 192
     wide[name] = values
-  save_tensors(tmp_path / 'model.safetensors', wide)
+  save_tensors(tmp_path / 'model.safetensors', wide, form='safetensors')
   said = {'architecture': 'vit_tiny_patch4_16'}
   (tmp_path / 'config.json').write_text(json.dumps(said))
   config, lines = fill(tmp_path)
