@@ -82,7 +82,7 @@ def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
       if size in (24, 72):
         values = values.repeat(8, axis)  # width 192
     wide[name] = values
-  save_tensors(tmp_path / 'model.safetensors', wide, form='safetensors')
+  save_tensors(wide, tmp_path / 'model.safetensors', form='safetensors')
   said = {'architecture': 'vit_tiny_patch4_16'}
   (tmp_path / 'config.json').write_text(json.dumps(said))
   config, lines = fill(tmp_path)
