@@ -1,13 +1,14 @@
 """Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.builders import (
+  clip_arguments,
   eva_arguments,
-  hf_config,
   how_to_build,
   timm_arguments,
 )
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.facts import is_reordered, one_form, order_of
+from qvit_jax.weights.hf_config import hf_config
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layout import full_path
 from qvit_jax.weights.layouts import LAYOUTS
@@ -16,8 +17,8 @@ from qvit_jax.weights.report import Report
 from qvit_jax.weights.save import layout_of, translate
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'eva_arguments', 'full_path',
-    'hf_config', 'how_to_build', 'is_reordered', 'layout_of', 'load_weights',
-    'one_form', 'open_source', 'order_of', 'read_weights', 'resolve',
-    'timm_arguments', 'translate',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'clip_arguments',
+    'eva_arguments', 'full_path', 'hf_config', 'how_to_build', 'is_reordered',
+    'layout_of', 'load_weights', 'one_form', 'open_source', 'order_of',
+    'read_weights', 'resolve', 'timm_arguments', 'translate',
 ]  # fmt: skip

@@ -6,8 +6,14 @@ from typing import Any, NoReturn
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import advice, positions
-from qvit_jax.weights.keymap import KINDS, Names, collapse
+from qvit_jax.weights import advice, positions, unneeded
+from qvit_jax.weights.keymap import (
+  KINDS,
+  Names,
+  as_tokens,
+  collapse,
+  patch_shape,
+)
 from qvit_jax.weights.layout import Row
 from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
@@ -33,7 +39,7 @@ class Comparison:
   ):
     """Prepares it; without `names` the tensors have our own."""
     self.source, self.wanted = source, wanted
-    self.names = names
+    self.names = names = unneeded.with_packed(source, names)
     self.report = Report(
       source.title,
       names.title if names else 'our own',
@@ -44,6 +50,8 @@ class Comparison:
       self.ours = names.ours
       if 'encoder/block_00/mlp/gate/kernel' in names.ours:
         source.facts['activation'] = 'swiglu'
+      if names.layout.is_dinov3:
+        source.facts.setdefault('position', 'rope')
       usual = names.layout.norm_eps
       if 'pre_norm/scale' in names.ours:
         usual = names.layout.pre_norm_eps
@@ -65,7 +73,11 @@ class Comparison:
     if self.names:
       self.report.unused += self.names.ignored + self.names.pre_logits
       self.report.unused += self.names.outside
+      unneeded.check_patch(self)
+      unneeded.drop_empty(self)
+      unneeded.drop_optional(self)
       self._find_zeros()
+      unneeded.drop_masked(self)
       self._find_pool()
     self._compare_structure()
     self._compare_head()
@@ -89,7 +101,8 @@ class Comparison:
     """Returns the shape of the file's tensor for a parameter, or None."""
     if ours not in self.ours:
       return None
-    return self.source.entries[self.ours[ours][1]].shape
+    row, theirs = self.ours[ours]
+    return as_tokens(row, self.source.entries[theirs].shape)
 
   def _compare_structure(self) -> None:
     """Depth and width in one line each, before a hundred that follow."""
@@ -123,6 +136,8 @@ class Comparison:
   def _find_pool(self) -> None:
     """What the names tell of the pooling: MAE's norm stands behind a mean."""
     facts = self.source.facts
+    if self.names.layout.optional and 'head/kernel' in self.ours:
+      return  # which of the poolings it reads only a config.json tells
     if 'pool_norm/scale' in self.ours:
       facts.setdefault('pool', 'mean')
     if 'pool/probe' in self.ours:
@@ -212,7 +227,11 @@ class Comparison:
       wanted = self._their_shape(row, self.wanted[name].shape)
       if found == wanted:
         continue
-      if name == 'patch_embed/kernel' and self._patch_fits(row, found):
+      if (
+        name == 'patch_embed/kernel'
+        and self._patch_fits(row, found)
+        and self._may_resize(row, found)
+      ):
         continue
       text = f'{list(found)} there, {list(wanted)} wanted'
       if theirs not in lines.setdefault((row.theirs, text), []):
@@ -247,7 +266,7 @@ class Comparison:
     """Whether patch size or channels can be adapted."""
     if len(found) != 4:
       return False
-    there = _as_ours(row, found)
+    there = patch_shape(row, found)
     here = self.wanted['patch_embed/kernel'].shape
     return (
       there[0] == there[1]
@@ -255,6 +274,18 @@ class Comparison:
       and there[3] == here[3]
       and (there[2] == here[2] or (there[2], here[2]) == (3, 1))
     )
+
+  def _may_resize(self, row: Row, found: tuple[int, ...]) -> bool:
+    """Whether patches may be resized: not where rotary positions count them."""
+    there = patch_shape(row, found)
+    here = self.wanted['patch_embed/kernel'].shape
+    if there[0] == here[0] or not self.names or self.names.layout.has_positions:
+      return True
+    self.problems.append(
+      f'model.patch is {there[0]} there, {here[0]} here, and rotary positions '
+      'are of patches of one size'
+    )
+    return False
 
   def tokens(self) -> tuple[Tokens, Tokens]:
     """Returns what stands before the patches there and here."""
@@ -273,7 +304,7 @@ class Comparison:
     facts, kernel = dict(self.source.facts), 'patch_embed/kernel'
     shape = self.shape(kernel) or ()
     if len(shape) == 4:
-      patch = _as_ours(self.ours[kernel][0], shape)[:2]
+      patch = patch_shape(self.ours[kernel][0], shape)[:2]
       facts.setdefault('patch', list(patch))
     return positions.grid_of(facts)
 
@@ -298,9 +329,3 @@ class Comparison:
       'tokens'
     )
     return None
-
-
-def _as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
-  out, channels, height, width = shape
-  return (height, width, channels, out) if row.kind == 'conv' else shape

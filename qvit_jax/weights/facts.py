@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
-from qvit_jax.weights import origin
+from qvit_jax.weights import hf_facts, origin
 
 _MAX_JSON = 8 * 2**20
 # Architectures of timm whose shapes fit, but which compute something else.
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
     'gelu_tanh': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu_new': 'gelu_tanh', 'GELUTanh': 'gelu_tanh',
     'quick_gelu': 'quick_gelu', 'QuickGELU': 'quick_gelu',
-    'quickgelu': 'quick_gelu',
+    'quickgelu': 'quick_gelu', 'swiglu': 'swiglu',
 }  # fmt: skip
 _OF_TIMM = {
     'gelu_tanh': 'base_patch32_siglip|giantopt_patch16_siglip|'
@@ -44,6 +44,7 @@ _SIDES = {'image_size': 'image_size', 'img_size': 'image_size',
 _DROPOUTS = {
     'hidden_dropout_prob': 'model.dropout',
     'attention_probs_dropout_prob': 'model.attention_dropout',
+    'attention_dropout': 'model.attention_dropout',
     'drop_path_rate': 'model.stochastic_depth',
 }  # fmt: skip
 # Of images, read by nothing here: the value that changes nothing.
@@ -74,9 +75,9 @@ def read_facts(
 
   Returns:
     Any of `norm_eps`, `heads`, `activation`, `image_size` and `patch` (a
-    number, or [height, width] where they differ), `pool` ('token', 'mean' or
-    'attention'), `padding`, `batch_norm_eps`, `mean`, `std`, `resize`,
-    `class_names`; and other lines.
+    number, or [height, width] where they differ), `pool` ('token', 'mean',
+    'patch_mean' or 'attention'), `last_norm`, `position`, `padding`,
+    `batch_norm_eps`, `mean`, `std`, `resize`, `class_names`; and other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
@@ -88,8 +89,9 @@ def read_facts(
     timm = timm if isinstance(timm, dict) else {}
     made = config.get('model_args')  # how the model was built: it counts
     made = made if isinstance(made, dict) else {}
-    facts |= _activation(path, config, made)
-    for part in (timm, config, made):
+    said = hf_facts.image_tower(path, config)
+    facts |= hf_facts.of_class(config) | _activation(path, said, made)
+    for part in (timm, said, made):
       facts |= _numbers(part)
       notes += _unread('config.json', part)
     if re.search('_dinov3|_lingbot', str(config.get('architecture', ''))):

@@ -14,7 +14,7 @@ from qvit_jax.config.resolve import expand
 from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.store import runs
 from qvit_jax.store.entries import Entry, Source, printable, refuse
-from qvit_jax.weights import hub, peft
+from qvit_jax.weights import hub, peft, unsupported
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import Names, collapse, nearest, recognise
@@ -91,6 +91,7 @@ def read_weights(path: str, target: Any) -> tuple[dict[str, Any], Report]:
   if kind:
     refuse(place, *_OURS[kind])
   source = open_source(place)
+  unsupported.check(source)
   try:
     names = recognise(list(source.entries))
   except WeightsError as error:
