@@ -49,9 +49,8 @@ def write_weights(
     )
     files.write_text(target.with_name('config.json'), text)
     stale.remove('config.json')
-  else:
-    for line in weights.how_to_build(shape, tensors, layout):
-      say(f'note: {line}')
+  for line in weights.how_to_build(shape, tensors, layout):
+    say(f'note: {line}')
   for name in stale:  # of an export in another layout or format
     target.with_name(name).unlink(missing_ok=True)
   again, _ = weights.read_weights(str(target), model.shapes)

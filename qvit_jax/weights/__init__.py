@@ -1,13 +1,14 @@
 """Weights of other libraries: read, adapted, written back."""
 
 from qvit_jax.weights.builders import (
+  clip_arguments,
   eva_arguments,
-  hf_config,
   how_to_build,
   timm_arguments,
 )
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.facts import is_reordered, one_form, order_of
+from qvit_jax.weights.hf_config import hf_config
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layout import full_path
 from qvit_jax.weights.layouts import LAYOUTS
@@ -23,9 +24,9 @@ from qvit_jax.weights.tell import Told, tell
 from qvit_jax.weights.timm_names import usual_heads
 
 __all__ = [
-    'LAYOUTS', 'HubUnreachableError', 'Report', 'Told', 'eva_arguments',
-    'full_path', 'hf_config', 'how_to_build', 'is_reordered', 'layout_of',
-    'load_weights', 'one_form', 'open_named', 'open_source', 'order_of',
-    'read_weights', 'resolve', 'tell', 'timm_arguments', 'translate',
-    'usual_heads',
+    'LAYOUTS', 'HubUnreachableError', 'Report', 'Told', 'clip_arguments',
+    'eva_arguments', 'full_path', 'hf_config', 'how_to_build', 'is_reordered',
+    'layout_of', 'load_weights', 'one_form', 'open_named', 'open_source',
+    'order_of', 'read_weights', 'resolve', 'tell', 'timm_arguments',
+    'translate', 'usual_heads',
 ]  # fmt: skip

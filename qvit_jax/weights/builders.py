@@ -1,18 +1,21 @@
 """With what other libraries take an export of ours."""
 
-import json
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from qvit_jax.weights.hf_config import class_of, has_class, is_whole_ratio
 from qvit_jax.weights.layouts import LAYOUTS
 
-# model.activation as transformers calls it.
-_HIDDEN_ACT = {
-  'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'quick_gelu': 'quick_gelu'
-}  # fmt: skip
+# Layouts whose call names the activation.
+_SAYS = ('timm', 'openai_clip')
+
+
+class _Code(str):
+  """What stands in a call as it is."""
+
+  def __repr__(self) -> str:
+    return str(self)
 
 
 def timm_arguments(
@@ -28,16 +31,18 @@ def timm_arguments(
   has_cls = 'cls_token' in tensors
   has_others = has_cls or shape['registers']
   pools = {'token': 'token', 'attention': 'map'}
+  is_gated = shape.get('activation') == 'swiglu'
   arguments = {
       'img_size': shape['image_size'], 'patch_size': shape['patch'],
       'embed_dim': shape['width'], 'depth': shape['depth'],
       'num_heads': shape['heads'], 'num_classes': shape['num_classes'],
-      'mlp_ratio': shape['mlp_dim'] / shape['width'],
+      'mlp_ratio': (1 + is_gated) * shape['mlp_dim'] / shape['width'],
+      'mlp_layer': _Code('timm.layers.SwiGLUPacked' if is_gated else ''),
       'global_pool': pools.get(shape['pool'], 'avg'),
       'fc_norm': shape.get('norm_after_pool', False),
       'pre_norm': shape.get('pre_norm', False),
       'final_norm': shape.get('last_norm', True),
-      'act_layer': shape.get('activation', 'gelu'),
+      'act_layer': 'silu' if is_gated else shape.get('activation', 'gelu'),
       'class_token': has_cls, 'reg_tokens': shape['registers'],
       'no_embed_class': has_others and tensors['pos_embed'].shape[1] == grid,
       'qkv_bias': 'blocks.0.attn.qkv.bias' in tensors,
@@ -45,7 +50,8 @@ def timm_arguments(
       'init_values': 1.0 if shape['layer_scale'] else None,
   }  # fmt: skip
   usual = {
-      'mlp_ratio': 4.0, 'global_pool': 'token', 'fc_norm': False,
+      'mlp_ratio': 4.0, 'mlp_layer': '', 'global_pool': 'token',
+      'fc_norm': False,
       'pre_norm': False, 'act_layer': 'gelu', 'final_norm': True,
       'class_token': True, 'reg_tokens': 0, 'no_embed_class': False,
       'qkv_bias': True, 'qk_norm': False, 'init_values': None,
@@ -87,6 +93,58 @@ def eva_arguments(
   }  # fmt: skip
 
 
+def clip_arguments(
+  shape: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns with what the VisionTransformer of open_clip takes an export.
+
+  Its `proj` then has to be None: the head is a layer of its own.
+
+  Args:
+    shape: As `models.architecture` gives it.
+    tensors: Of `translate` in the layout 'openai_clip'.
+  """
+  kinds = {
+    'gelu_tanh': "lambda: torch.nn.GELU(approximate='tanh')",
+    'quick_gelu': 'open_clip.transformer.QuickGELU',
+  }
+  arguments = {
+      'image_size': shape['image_size'], 'patch_size': shape['patch'],
+      'width': shape['width'], 'layers': shape['depth'],
+      'heads': shape['heads'], 'mlp_ratio': shape['mlp_dim'] / shape['width'],
+  }  # fmt: skip
+  if shape['layer_scale']:
+    arguments['ls_init_value'] = 1.0
+  if 'visual.ln_pre.weight' not in tensors:
+    arguments['no_ln_pre'] = True
+  if shape['pool'] == 'patch_mean':
+    arguments['pool_type'] = 'avg'
+  if kind := kinds.get(shape.get('activation', 'gelu')):
+    arguments['act_layer'] = _Code(kind)
+  return arguments
+
+
+# What a head reads where the library has no class with one.
+_READS = {
+  'token': 'the class token', 'patch_mean': 'the mean of the patches',
+  'token_mean': 'the class token and the mean of the patches side by side',
+  'attention': 'what the attention pooling gives',
+}  # fmt: skip
+
+
+def _head(shape: dict[str, Any], layout: str) -> str:
+  """Returns how to use a head that no class of the layout's library has."""
+  pool = shape['pool']
+  reads, name = f'{_READS.get(pool)} of last_hidden_state', 'classifier'
+  if pool in ('token', 'attention'):
+    reads = 'its pooler_output'
+  if layout == 'openai_clip':
+    reads, name = 'what that gives', 'head'
+  elif layout == 'dinov3':
+    reads, name = f"{_READS.get(pool)} of forward_features's x_norm", 'head'
+  return f'logits are {name}.weight times {reads}, plus {name}.bias'
+
+
 def how_to_build(
   shape: dict[str, Any], tensors: dict[str, np.ndarray], layout: str
 ) -> list[str]:
@@ -107,9 +165,38 @@ def how_to_build(
     arguments = eva_arguments(shape, tensors).items()
     text = ', '.join(f'{name}={value!r}' for name, value in arguments)
     lines.append(f'it fits timm.models.eva.Eva({text})')
-  # timm's call and transformers' config.json say it.
-  kind, says = shape.get('activation', 'gelu'), layout == 'timm'
-  says = says or bool(LAYOUTS[layout].transformers)
+  if layout == 'openai_clip':
+    arguments = clip_arguments(shape, tensors).items()
+    text = ', '.join(f'{name}={value!r}' for name, value in arguments)
+    lines.append(
+      "what begins with 'visual.' fits open_clip.transformer.VisionTransformer("
+      f'{text}) with proj=None; {_head(shape, layout)}'
+    )
+  if layout == 'dinov3':
+    lines.append(
+      'it fits the release but for mask_token, which plays no part (strict='
+      f'False); {_head(shape, layout)}'
+    )
+  is_hf = bool(LAYOUTS[layout].transformers)
+  if is_hf and not has_class(shape, layout):
+    lines.append(
+      f'{class_of(shape, layout)} of transformers has no head: '
+      f'{_head(shape, layout)}'
+    )
+  if layout == 'hf_clip' and has_class(shape, layout):
+    lines.append(
+      'post_layernorm is not written: CLIPForImageClassification has one, '
+      'which plays no part in its logits'
+    )
+  if layout == 'hf_dinov2' and not is_whole_ratio(shape):
+    lines.append(
+      f'transformers 5 opens it only where mlp_ratio is whole; model.mlp_dim='
+      f'{shape["mlp_dim"]} is no such multiple of model.width={shape["width"]}'
+    )
+  if is_hf:
+    return lines  # config.json says the rest
+  # The calls say it.
+  kind, says = shape.get('activation', 'gelu'), layout in _SAYS
   if kind not in ('gelu', 'swiglu') and not says:
     lines.append(
       f'the model has model.activation={kind!r}; the library has the exact '
@@ -147,50 +234,3 @@ def _cnn_call(shape: dict[str, Any], layout: str) -> str:
   if library == 'torchvision':
     call = f'torchvision.models.{name}({classes}'
   return call if classes.endswith('it') else f'{call})'
-
-
-def hf_config(
-  shape: dict[str, Any],
-  tensors: dict[str, np.ndarray],
-  layout: str,
-  *,
-  class_names: Sequence[str] = (),
-) -> str:
-  """Returns the config.json with which transformers opens an export.
-
-  Args:
-    shape: As `models.architecture` gives it.
-    tensors: Of `translate`.
-    layout: Key of LAYOUTS, one of transformers.
-    class_names: By label; numbers stand for outputs without one, and for all
-      where there are more names than outputs.
-  """
-  classes = shape['num_classes']
-  if len(class_names) > classes:
-    class_names = ()
-  class_names = [*class_names, *map(str, range(len(class_names), classes))]
-  name = LAYOUTS[layout].transformers
-  kind = name.lower()
-  if kind == 'dinov2' and shape['registers']:
-    kind, name = 'dinov2_with_registers', 'Dinov2WithRegisters'
-  config = {
-      'architectures': [f'{name}ForImageClassification'], 'model_type': kind,
-      'hidden_size': shape['width'], 'num_hidden_layers': shape['depth'],
-      'num_attention_heads': shape['heads'],
-      'hidden_act': _HIDDEN_ACT[shape.get('activation', 'gelu')],
-      'image_size': shape['image_size'], 'patch_size': shape['patch'],
-      'num_channels': 3, 'layer_norm_eps': shape['norm_eps'],
-      'qkv_bias': any('query.bias' in name for name in tensors),
-      'id2label': {str(i): name for i, name in enumerate(class_names)},
-      'label2id': {name: i for i, name in enumerate(class_names)},
-  }  # fmt: skip
-  if kind.startswith('dinov2'):
-    ratio = shape['mlp_dim'] / shape['width']
-    if int(shape['width'] * ratio) != shape['mlp_dim']:  # how it is used there
-      ratio = math.nextafter(ratio, math.inf)
-    config['mlp_ratio'] = int(ratio) if ratio.is_integer() else ratio
-    if shape['registers']:
-      config['num_register_tokens'] = shape['registers']
-  else:
-    config['intermediate_size'] = shape['mlp_dim']
-  return json.dumps(config, indent=2)

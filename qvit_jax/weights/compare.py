@@ -5,8 +5,14 @@ from typing import Any, NoReturn
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import advice, positions, tell
-from qvit_jax.weights.keymap import KINDS, Names, collapse
+from qvit_jax.weights import advice, positions, tell, unneeded
+from qvit_jax.weights.keymap import (
+  KINDS,
+  Names,
+  as_tokens,
+  collapse,
+  patch_shape,
+)
 from qvit_jax.weights.layout import Row
 from qvit_jax.weights.positions import Slots, Tokens
 from qvit_jax.weights.report import Report
@@ -32,7 +38,7 @@ class Comparison:
   ):
     """Prepares it; without `names` the tensors have our own."""
     self.source, self.wanted = source, wanted
-    self.names = names
+    self.names = names = unneeded.with_packed(source, names)
     self.report = Report(
       source.title,
       names.title if names else 'our own',
@@ -53,7 +59,11 @@ class Comparison:
     if self.names:
       self.report.unused += self.names.ignored + self.names.pre_logits
       self.report.unused += self.names.outside
+      unneeded.check_patch(self)
+      unneeded.drop_empty(self)
+      unneeded.drop_optional(self)
       self._find_zeros()
+      unneeded.drop_masked(self)
     self._compare_structure()
     self._compare_head()
     self._compare_names()
@@ -76,7 +86,8 @@ class Comparison:
     """Returns the shape of the file's tensor for a parameter, or None."""
     if ours not in self.ours:
       return None
-    return self.source.entries[self.ours[ours][1]].shape
+    row, theirs = self.ours[ours]
+    return as_tokens(row, self.source.entries[theirs].shape)
 
   def _compare_structure(self) -> None:
     """Depth and width in one line each, before a hundred that follow."""
@@ -182,7 +193,11 @@ class Comparison:
       wanted = self._their_shape(row, self.wanted[name].shape)
       if found == wanted:
         continue
-      if name == 'patch_embed/kernel' and self._patch_fits(row, found):
+      if (
+        name == 'patch_embed/kernel'
+        and self._patch_fits(row, found)
+        and self._may_resize(row, found)
+      ):
         continue
       text = f'{list(found)} there, {list(wanted)} wanted'
       if theirs not in lines.setdefault((row.theirs, text), []):
@@ -217,7 +232,7 @@ class Comparison:
     """Whether patch size or channels can be adapted."""
     if len(found) != 4:
       return False
-    there = tell.as_ours(row, found)
+    there = patch_shape(row, found)
     here = self.wanted['patch_embed/kernel'].shape
     return (
       there[0] == there[1]
@@ -225,6 +240,18 @@ class Comparison:
       and there[3] == here[3]
       and (there[2] == here[2] or (there[2], here[2]) == (3, 1))
     )
+
+  def _may_resize(self, row: Row, found: tuple[int, ...]) -> bool:
+    """Whether patches may be resized: not where rotary positions count them."""
+    there = patch_shape(row, found)
+    here = self.wanted['patch_embed/kernel'].shape
+    if there[0] == here[0] or not self.names or self.names.layout.has_positions:
+      return True
+    self.problems.append(
+      f'model.patch is {there[0]} there, {here[0]} here, and rotary positions '
+      'are of patches of one size'
+    )
+    return False
 
   def tokens(self) -> tuple[Tokens, Tokens]:
     """Returns what stands before the patches there and here."""
@@ -243,7 +270,7 @@ class Comparison:
     facts, kernel = dict(self.source.facts), 'patch_embed/kernel'
     shape = self.shape(kernel) or ()
     if len(shape) == 4:
-      patch = tell.as_ours(self.ours[kernel][0], shape)[:2]
+      patch = patch_shape(self.ours[kernel][0], shape)[:2]
       facts.setdefault('patch', list(patch))
     return positions.grid_of(facts)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.store.entries import guarded, parse_json, printable, refuse
-from qvit_jax.weights import origin, timm_names
+from qvit_jax.weights import hf_facts, origin, timm_names
 
 _MAX_JSON = 8 * 2**20
 # Names of activations.
@@ -22,7 +22,7 @@ _ACTIVATIONS = {
     'gelu_tanh': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu_new': 'gelu_tanh', 'GELUTanh': 'gelu_tanh',
     'quick_gelu': 'quick_gelu', 'QuickGELU': 'quick_gelu',
-    'quickgelu': 'quick_gelu',
+    'quickgelu': 'quick_gelu', 'swiglu': 'swiglu',
 }  # fmt: skip
 # Their name -> ours, for numbers.
 _NUMBERS = {
@@ -34,6 +34,7 @@ _SIDES = {'image_size': 'image_size', 'img_size': 'image_size',
 _DROPOUTS = {
     'hidden_dropout_prob': 'model.dropout',
     'attention_probs_dropout_prob': 'model.attention_dropout',
+    'attention_dropout': 'model.attention_dropout',
     'drop_path_rate': 'model.stochastic_depth',
 }  # fmt: skip
 # Of images, read by nothing here: the value that changes nothing.
@@ -65,8 +66,8 @@ def read_facts(
   Returns:
     Any of `architecture` (timm's name), `norm_eps`, `heads`, `activation`,
     `image_size` and `patch` (a number, or [height, width] where they differ),
-    `pool` ('token', 'mean' or 'attention'), `position`, `padding`,
-    `batch_norm_eps`, `mean`, `std`, `resize`,
+    `pool` ('token', 'mean', 'patch_mean' or 'attention'), `last_norm`,
+    `position`, `padding`, `batch_norm_eps`, `mean`, `std`, `resize`,
     `class_names`; where each of them stands; and other lines.
 
   Raises:
@@ -90,8 +91,10 @@ def read_facts(
     name = str(config.get('architecture', ''))[:80]
     if timm_names.is_known(name):
       take({'architecture': name}, 'config.json')
-    take(_activation(path, config, made), 'config.json')
-    for part in (timm, config, made):
+    said = hf_facts.image_tower(path, config)
+    take(hf_facts.of_class(config), 'config.json')
+    take(_activation(path, said, made), 'config.json')
+    for part in (timm, said, made):
       take(_numbers(part), 'config.json')
       notes += _unread('config.json', part)
     if re.search('_dinov3|_lingbot', name):  # DINOv3's

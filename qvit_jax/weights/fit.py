@@ -10,9 +10,10 @@ import re
 import numpy as np
 
 from qvit_jax.errors import WeightsError
+from qvit_jax.store.entries import refuse
 from qvit_jax.weights import adapt, positions
 from qvit_jax.weights.compare import Comparison
-from qvit_jax.weights.keymap import KINDS, collapse
+from qvit_jax.weights.keymap import KINDS, as_tokens, collapse
 from qvit_jax.weights.layout import EPSILON, Row
 from qvit_jax.weights.report import Report
 
@@ -52,6 +53,7 @@ class Import(Comparison):
         f'weights {self.source.title}: infinite or NaN values in '
         f'{", ".join(collapse(bad))}; give other weights'
       )
+    self._check_constants()
     self._shift_variances(taken)
     if 'pos_embed' in taken:
       taken['pos_embed'] = self._positions(taken['pos_embed'])
@@ -61,6 +63,34 @@ class Import(Comparison):
     other = {*self.report.adapted, *self.report.zeros}
     self.report.matched += [name for name in taken if name not in other]
     return {name: taken[name] for name in self.wanted if name in taken}
+
+  def _check_constants(self) -> None:
+    """Compares what follows from the shape; half precision is only said."""
+    if not (self.names and self.names.constants):
+      return
+    compute = dict(self.names.layout.constants)
+    _, heads, dim = self.wanted['encoder/block_00/attn/query/kernel'].shape
+    rounded = []
+    for name, (template, _) in self.names.constants.items():
+      wanted = compute[template](heads, dim)
+      found = self.source.entries[name].read().astype(np.float32)
+      if found.shape != wanted.shape or not np.allclose(
+        found, wanted, rtol=2**-8, atol=0
+      ):  # fmt: skip
+        refuse(
+          self.source.title,
+          f'{name} is not what {heads} heads of {dim} channels have '
+          f'({str(found.ravel()[:4].tolist())[1:-1]} ... of shape '
+          f'{list(found.shape)}, not {str(wanted[:4].tolist())[1:-1]} ... of '
+          f'{list(wanted.shape)})',
+          'set model.heads to the heads of these weights, or give others',
+        )
+      if not np.array_equal(found, wanted):
+        rounded.append(name)
+    if rounded:
+      self.report.notes.append(
+        f'{", ".join(collapse(rounded))} rounded there, exact here'
+      )
 
   def _shift_variances(self, taken: dict[str, np.ndarray]) -> None:
     """Makes variances hold what another epsilon adds to them."""
@@ -88,7 +118,7 @@ class Import(Comparison):
       size = values.shape[0] // row.parts
       values = values[row.part * size : (row.part + 1) * size]
     if ours in ('pos_embed', 'cls'):
-      return values
+      return values.reshape(as_tokens(row, values.shape))
     if ours == 'patch_embed/kernel':
       return self._patch(KINDS[row.kind].forward(values, values.shape))
     return KINDS[row.kind].forward(values, self.wanted[ours].shape)

@@ -63,6 +63,9 @@ KINDS = {
   'vector': Kind(
     lambda s: (math.prod(s),), lambda x, s: x.reshape(s), np.ravel
   ),
+  # Tokens and positions without the axes of an image in a batch.
+  'table': Kind(lambda s: s[1:], lambda x, s: x.reshape(s), lambda x: x[0]),
+  'token': Kind(lambda s: s[2:], lambda x, s: x.reshape(s), lambda x: x[0, 0]),
   'linear': _linear(1),
   'linear_in2': _linear(2),
   'conv': Kind(
@@ -89,6 +92,20 @@ KINDS = {
 }
 
 
+def as_tokens(row: Row, shape: Shape) -> Shape:
+  """Returns their shape of tokens or positions as ours: [1, n, d]."""
+  added = {'table': (1, 2), 'token': (2, 1)}.get(row.kind)
+  if added and len(shape) == added[1]:
+    return (1,) * added[0] + tuple(shape)
+  return tuple(shape)
+
+
+def patch_shape(row: Row, shape: Shape) -> Shape:
+  """Returns their shape of a patch kernel as ours: [p, p, c, d]."""
+  out, channels, height, width = shape
+  return (height, width, channels, out) if row.kind == 'conv' else shape
+
+
 class Names:
   """The tensor names of one file, read as one layout."""
 
@@ -111,10 +128,12 @@ class Names:
       choice: Which of the layout's `choices`.
     """
     self.key, self.layout, self.start = key, LAYOUTS[key], start
+    self.prefix, self._all = prefix, list(names)
     self.kind, rows = self.layout.choices[choice]
     self._count = len(rows)
     self.outside: list[str] = []
     self.rows: dict[str, list[tuple[Row, str]]] = {}  # file name -> (row, ours)
+    self.constants: dict[str, tuple[str, int]] = {}  # -> (template, block)
     self.ignored: list[str] = []
     self.pre_logits: list[str] = []
     self.unknown: list[str] = []
@@ -125,7 +144,8 @@ class Names:
       by_template.setdefault(name, []).append(row)
     block = _block_start(rows).replace('~', prefix)
     numbered = re.compile(re.escape(block) + r'(\d{1,3})(\D.*)')
-    for name in names:
+    constants = dict(self.layout.constants)
+    for name in self._all:
       if not name.startswith(start):
         self.outside.append(name)
         continue
@@ -139,12 +159,18 @@ class Names:
         ]
         if found:
           self.depth = max(self.depth, number + 1)
+      elif template in constants:
+        self.constants[name] = template, number
       elif re.search(self.layout.pre_logits, template):
         self.pre_logits.append(name)
       elif any(re.search(p, template) for p in self.layout.ignored):
         self.ignored.append(name)
       else:
         self.unknown.append(name)
+
+  def packed(self) -> 'Names':
+    """Returns the same names as a model whose SwiGLU is one layer."""
+    return Names(self.key, self.prefix, self._all, self.start, -1)
 
   @property
   def ours(self) -> dict[str, tuple[Row, str]]:
@@ -169,7 +195,8 @@ class Names:
   @property
   def score(self) -> float:
     """Returns the share of names that the layout explains; 0 to 1."""
-    total = sum(map(len, (self.rows, self.ignored, self.pre_logits)))
+    known = self.rows, self.ignored, self.pre_logits, self.constants
+    total = sum(map(len, known))
     return total / max(1, total + len(self.unknown))
 
 
@@ -223,8 +250,7 @@ def _read_as(
   key: str, layout: KeyMap, prefix: str, names: list[str], start: str
 ) -> Names:
   """Returns the names as the layout's kind of model that explains most."""
-  choices = range(len(layout.choices))
-  read = (Names(key, prefix, names, start, choice) for choice in choices)
+  read = (Names(key, prefix, names, start, one) for one in layout.named)
   return max(read, key=lambda one: (one.score, one.completeness))
 
 

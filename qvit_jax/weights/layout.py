@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from qvit_jax import tree
 
 # Facts of our models, which this package does not import: a test compares them.
 COLLECTION = 'batch_stats'  # statistics of norms
 EPSILON = 1e-5  # of norms with statistics
+ROPE_BASE = 100.0  # of rotary positions
 WINDOWS = 7  # along each axis, that the classifier of VGG's paper sees
 
 
@@ -42,8 +45,15 @@ class KeyMap:
     rows: What is where.
     variants: (name, rows) of each model whose numbers of layers say other
       things, in place of `rows`.
+    packed: The rows of models with a SwiGLU whose first layer has the names of
+      a plain one, and twice its outputs.
     stem: Our path of the kernel that every model has.
     ignored: Regexes of tensors that play no part in classification.
+    optional: Regexes of our paths that a file has although models of the layout
+      may do without: left behind where the model here does.
+    constants: (name, function of heads and channels a head) of the tensors that
+      follow from the shape: compared when read, and written.
+    key_mask: The one of them that takes the bias from keys.
     pre_logits: Regex of the tensors of a layer between encoder and head; a
       head that follows one is of no use without it.
     prefixes: What `~` may stand for; the first is the one we write.
@@ -60,8 +70,12 @@ class KeyMap:
     counters: Whether norms with statistics count their updates.
     registers: How many `model.registers` they have; None: any number.
     biases: Whether its queries, keys and values always have biases.
+    separate_biases: Whether each of the three may have biases by itself.
     has_positions: Whether the positions of its models are learned.
+    is_dinov3: Whether rotary positions are those of DINOv3 in all of them.
     last_norm: Whether they all have a norm behind the blocks or the pooling.
+    normless: The poolings of `pools` that read tokens before that norm.
+    has_pre_norm: Whether they all have a norm before the blocks.
     has_scales: Whether they all have LayerScale.
     register_prefix: The prefix that is written with registers, if another.
     transformers: How the names of its classes in transformers begin, where that
@@ -71,8 +85,12 @@ class KeyMap:
   title: str
   rows: tuple[Row, ...] = ()
   variants: tuple[tuple[str, tuple[Row, ...]], ...] = ()
+  packed: tuple[Row, ...] = ()
   stem: str = 'patch_embed/kernel'
   ignored: tuple[str, ...] = ()
+  optional: tuple[str, ...] = ()
+  constants: tuple[tuple[str, Callable[[int, int], np.ndarray]], ...] = ()
+  key_mask: str = ''
   pre_logits: str = r'(?!)'
   prefixes: tuple[str, ...] = ('',)
   aliases: tuple[tuple[str, str], ...] = ()
@@ -84,8 +102,12 @@ class KeyMap:
   pools: tuple[str, ...] = ('token',)
   registers: int | None = 0
   biases: bool = False
+  separate_biases: bool = False
   has_positions: bool = True
+  is_dinov3: bool = False
   last_norm: bool = True
+  normless: tuple[str, ...] = ()
+  has_pre_norm: bool = False
   has_scales: bool = False
   register_prefix: str = ''
   transformers: str = ''
@@ -94,7 +116,13 @@ class KeyMap:
   @property
   def choices(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
     """(name, rows) of every kind of model of the layout."""
-    return self.variants or ((self.title, self.rows),)
+    choices = self.variants or ((self.title, self.rows),)
+    return (*choices, ('with SwiGLU', self.packed)) if self.packed else choices
+
+  @property
+  def named(self) -> range:
+    """Which of `choices` names alone can tell."""
+    return range(len(self.choices) - bool(self.packed))
 
   @property
   def all_rows(self) -> tuple[Row, ...]:

@@ -14,7 +14,7 @@ from qvit_jax.config.resolve import expand
 from qvit_jax.errors import CheckpointError, WeightsError
 from qvit_jax.store import runs
 from qvit_jax.store.entries import Entry, Source, printable, refuse
-from qvit_jax.weights import hub, peft
+from qvit_jax.weights import hub, peft, unsupported
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.fit import Import
 from qvit_jax.weights.keymap import Names, collapse, nearest, recognise
@@ -105,6 +105,7 @@ def open_named(place: pathlib.Path) -> tuple[Source, Names]:
   if kind := runs.kind_of(place):
     refuse(place, *_OURS[kind])
   source = open_source(place)
+  unsupported.check(source)
   try:
     names = recognise(list(source.entries))
   except WeightsError as error:

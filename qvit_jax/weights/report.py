@@ -1,11 +1,17 @@
 """What an import took, changed, left out and left behind."""
 
 import dataclasses
+import re
 from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.weights.keymap import collapse
 
+# What models of images and texts have beside their image tower.
+_TEXT = re.compile(
+  r'(^|\.)(text(_model)?\.|token_embedding\.|ln_final\.|text_projection'
+  r'|logit_(scale|bias)$)|^transformer\.resblocks\.|^positional_embedding$'
+)
 _COUNTER = 'num_batches_tracked'  # of updates of statistics; nothing reads it
 
 
@@ -74,6 +80,9 @@ class Report:
     there, here = facts.get('pool'), shape.get('pool')
     if None not in (there, here) and there != here:
       notes.append(f'model.pool was {there} there, {here} here')
+    there, here = facts.get('last_norm'), shape.get('last_norm', True)
+    if heads and there not in (None, here):
+      notes.append(f'model.last_norm was {there} there, {here} here')
     return notes
 
   def _compare_function(self, shape: dict[str, Any]) -> list[str]:
@@ -105,8 +114,13 @@ class Report:
     lines += _by_reason('zeros', self.zeros)
     lines += _by_reason('re-initialised', self.reinitialised)
     counters = [name for name in self.unused if name.endswith(_COUNTER)]
-    if unused := [name for name in self.unused if name not in counters]:
+    texts = [name for name in self.unused if _TEXT.search(name)]
+    rest = {*self.unused} - {*counters, *texts}
+    if unused := [name for name in self.unused if name in rest]:
       lines.append(f'unused: {", ".join(collapse(unused))}')
+    if texts:
+      parts = ', '.join(sorted({x.partition('.')[0] for x in texts}))
+      lines.append(f'unused: {len(texts)} tensors of the text tower ({parts})')
     if counters:
       lines.append(f'unused: {len(counters)} times {_COUNTER}')
     return lines + [f'note: {note}' for note in self.notes]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qvit_jax.errors import ExportError
+from qvit_jax.weights.hf_config import swiglu_ratio
 from qvit_jax.weights.keymap import KINDS, collapse
 from qvit_jax.weights.layout import KeyMap, Row, flatten_model
 from qvit_jax.weights.layouts import LAYOUTS
@@ -41,22 +42,15 @@ def translate(
   layout = layout_of(layout, ours)
   keymap = LAYOUTS[layout]
   _check_model(ours, layout, pool or _pool_of(ours))
-  if 'pre_norm/scale' in ours and keymap.pre_norm_eps is not None:
-    _fold_patch_bias(ours)
-  biases = [name for name in ours if _OPTIONAL.search(name)]
-  if not keymap.biases and not any(ours[name].any() for name in biases):
-    ours = {name: x for name, x in ours.items() if name not in biases}
-  rows = _places(keymap, ours)
-  # EVA's keys never have one.
-  idle = [name for name in biases if name in ours and name not in rows]
-  idle = [name for name in idle if not ours[name].any()]
-  ours = {name: x for name, x in ours.items() if name not in idle}
-  homeless = [name for name in ours if name not in rows]
+  rows, homeless = _sort(keymap, ours)
   if homeless:
     raise ExportError(
       f'the layout {layout} has no place for {", ".join(collapse(homeless))}; '
       f'{_other_layouts(ours, pool or _pool_of(ours))}'
     )
+  if 'patch_embed/bias' not in rows and 'patch_embed/bias' in ours:
+    _fold_patch_bias(ours)
+  ours = {name: x for name, x in ours.items() if name in rows}
   if 'pos_embed' not in ours:
     pass  # rotary positions have no parameters
   elif 'registers' in ours and keymap.slots[0] != 'all':
@@ -76,6 +70,7 @@ def translate(
     else np.ascontiguousarray(values[0])
     for name, values in parts.items()
   }
+  written |= _constants(keymap, ours, written)
   if keymap.counters:
     written |= {
       f'{name.removesuffix("running_var")}num_batches_tracked': np.asarray(
@@ -85,6 +80,58 @@ def translate(
       if name.endswith('.running_var')
     }
   return written
+
+
+def _sort(
+  keymap: KeyMap, ours: dict[str, np.ndarray]
+) -> tuple[dict[str, tuple[Row, str]], list[str]]:
+  """Returns the places of what is written, and what has none but needs one.
+
+  Neither is what others lack and what computes the same without it: biases that
+  are zero, and the bias of patches, which goes into their positions.
+  """
+  left, patch = set(), 'patch_embed/bias'
+  if 'pre_norm/scale' in ours and keymap.pre_norm_eps is not None:
+    left.add(patch)
+  biases = [name for name in ours if _OPTIONAL.search(name)]
+  zeros = {n for n in (patch, *biases) if n in ours and not ours[n].any()}
+  groups = [biases]
+  if keymap.separate_biases:
+    groups = [
+      [name for name in biases if f'/{part}/' in name]
+      for part in ('query', 'key', 'value')
+    ]
+  for group in groups:
+    if not keymap.biases and zeros >= {*group}:
+      left |= {*group}
+  rows = _places(keymap, [name for name in ours if name not in left])
+  homeless = [name for name in ours if name not in rows and name not in left]
+  if keymap.key_mask:  # it would take them away
+    homeless += [
+      name for name in biases if '/key/' in name and name not in zeros
+    ]
+  return rows, [name for name in homeless if name not in zeros]
+
+
+def _constants(
+  keymap: KeyMap, ours: dict[str, np.ndarray], written: Iterable[str]
+) -> dict[str, np.ndarray]:
+  """Returns {their name: array} of what follows from the shape."""
+  if not keymap.constants:
+    return {}
+  kernels = [name for name in ours if name.endswith('attn/query/kernel')]
+  heads, dim = ours[kernels[0]].shape[1:]
+  depth = len(kernels)
+  found = {
+    template.format(i=i): compute(heads, dim)
+    for template, compute in keymap.constants
+    for i in range(depth if '{i}' in template else 1)
+  }
+  return {
+    name: x
+    for name, x in found.items()
+    if not name.endswith('_mask') or name.removesuffix('_mask') in written
+  }
 
 
 def layout_of(name: str, ours: Iterable[str]) -> str:
@@ -166,8 +213,18 @@ def _problems(ours: dict[str, np.ndarray], layout: str, pool: str) -> list[str]:
   if is_vit and keymap.has_positions != ('pos_embed' in ours):
     here = 'learned' if 'pos_embed' in ours else 'rope'
     problems.append(f'model.position is {here}')
-  if is_vit and keymap.last_norm and not any(name in ours for name in norms):
+  has_norm = any(name in ours for name in norms)
+  if pool in keymap.normless:
+    if has_norm:
+      problems.append(f'model.pool={pool} reads tokens before the last norm')
+  elif is_vit and keymap.last_norm and not has_norm:
     problems.append('the model has no last norm')
+  if keymap.has_pre_norm and 'pre_norm/scale' not in ours:
+    problems.append('the model has no norm before the blocks')
+  if layout == 'hf_dinov2' and 'encoder/block_00/mlp/gate/kernel' in ours:
+    width, dim = ours['encoder/block_00/mlp/gate/kernel'].shape
+    if not swiglu_ratio(width, dim):
+      problems.append(f'model.mlp_dim is {dim}, not a multiple of 8')
   if keymap.has_scales and 'encoder/block_00/scale1' not in ours:
     problems.append('the model has no LayerScale')
   return problems
@@ -179,7 +236,7 @@ def _other_layouts(ours: dict[str, np.ndarray], pool: str) -> str:
     layout
     for layout, keymap in LAYOUTS.items()
     if not _problems(ours, layout, pool)
-    and len(_places(keymap, ours)) == len(ours)
+    and not _sort(keymap, ours)[1]
   ]
   if fitting:
     return f'choose --config.export.layout={" or ".join(fitting)}'

@@ -10,8 +10,8 @@ from typing import Any
 
 from qvit_jax.errors import WeightsError
 from qvit_jax.store.entries import Source, printable
-from qvit_jax.weights import positions, timm_names
-from qvit_jax.weights.keymap import Names
+from qvit_jax.weights import positions, timm_names, unneeded
+from qvit_jax.weights.keymap import Names, as_tokens, patch_shape
 from qvit_jax.weights.layout import Row
 
 _BLOCK = 'encoder/block_00/'
@@ -56,7 +56,7 @@ def complete_facts(source: Source, names: Names) -> None:
   if 'pre_norm/scale' in ours:
     usual = names.layout.pre_norm_eps
   if usual is not None:
-    add('norm_eps', usual, f'usual in the {names.layout.title} layout')
+    add('norm_eps', usual, f'usual of {names.layout.title}')
   bias = ours.get(f'{_BLOCK}attn/query/bias')
   if bias and bias[0].kind == 'same':  # its axes are ours: heads, channels
     shape = source.entries[bias[1]].shape
@@ -68,14 +68,16 @@ def complete_facts(source: Source, names: Names) -> None:
     if count:
       place = f'architecture={facts["architecture"]!r} of config.json'
       add('heads', count, place)
+  if names.layout.is_dinov3:
+    add('position', 'rope', f'the {names.layout.title} layout')
+  if names.layout.optional and 'head/kernel' in ours:
+    return  # which of the poolings it reads only a config.json tells
   if 'pool_norm/scale' in ours:
     add('pool', 'mean', ours['pool_norm/scale'][1])
   if 'pool/probe' in ours:
     add('pool', 'attention', ours['pool/probe'][1])
   if facts.get('pool') == 'mean' and 'cls' in ours:
     facts['pool'] = 'patch_mean'
-  if not names.layout.has_positions:
-    add('position', 'rope', f'the {names.layout.title} layout')
 
 
 def stem_shape(
@@ -86,13 +88,7 @@ def stem_shape(
     return ()
   row, name = ours[_STEM]
   shape = source.entries[name].shape
-  return as_ours(row, shape) if len(shape) == 4 else ()
-
-
-def as_ours(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the [p, p, c, d] shape of a patch kernel of theirs."""
-  out, channels, height, width = shape
-  return (height, width, channels, out) if row.kind == 'conv' else shape
+  return patch_shape(row, shape) if len(shape) == 4 else ()
 
 
 def head_classes(
@@ -121,6 +117,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
   Raises:
     WeightsError: Shapes are not those of such a model.
   """
+  names = unneeded.with_packed(source, names)
   complete_facts(source, names)
   facts, places, ours = source.facts, source.places, names.ours
   stem = stem_shape(source, ours)
@@ -133,7 +130,10 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     )
 
   def shape(name: str) -> tuple[int, ...]:
-    return source.entries[ours[name][1]].shape if name in ours else ()
+    if name not in ours:
+      return ()
+    row, theirs = ours[name]
+    return as_tokens(row, source.entries[theirs].shape)
 
   def stands(name: str) -> str:
     return f'{ours[name][1]} {list(shape(name))}'
@@ -162,8 +162,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
       if name in ours
       else Told(type(value)(0), 'no such tensor')
     )
-  if not {'encoder/norm/scale', 'pool_norm/scale'} & ours.keys():
-    told['model.last_norm'] = Told(False, 'no norm behind the blocks')
+  told['model.last_norm'] = _last_norm(source, names)
   told |= _pool(source, names, stem[-1])
   told |= _image_size(source, names, stem, registers)
   if 'activation' in facts:
@@ -172,6 +171,9 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     told['model.activation'] = Told('gelu', 'assumed, nothing tells it', False)
   if 'pos_embed' in ours:
     told['model.position'] = Told('learned', stands('pos_embed'))
+  elif not names.layout.has_positions:
+    place = 'no positions among the tensors'
+    told['model.position'] = Told('rope', place)
   for name in ('norm_eps', 'heads', 'position'):
     if name in facts:
       told[f'model.{name}'] = Told(facts[name], places[name])
@@ -186,12 +188,32 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
   return told
 
 
+def _reads_early(names: Names) -> bool:
+  """Returns whether a head reads tokens before the last norm, in its class."""
+  return bool(names.layout.normless) and 'head/kernel' in names.ours
+
+
+def _last_norm(source: Source, names: Names) -> Told:
+  """Returns what is told of `model.last_norm`."""
+  if 'last_norm' in source.facts:
+    return Told(source.facts['last_norm'], source.places['last_norm'])
+  if _reads_early(names):
+    return Told(False, 'assumed of a file with a head', False)
+  for name in ('encoder/norm/scale', 'pool_norm/scale'):
+    if name in names.ours:
+      return Told(True, names.ours[name][1])
+  return Told(False, 'no such tensor')
+
+
 def _pool(source: Source, names: Names, width: int) -> dict[str, Told]:
   """Returns what is told of `model.pool`."""
   facts, ours = source.facts, names.ours
   pool = facts.get('pool')
   if pool is not None:
     return {'model.pool': Told(pool, source.places['pool'])}
+  if _reads_early(names):
+    early = names.layout.normless[0]
+    return {'model.pool': Told(early, 'assumed of a file with a head', False)}
   if 'cls' not in ours:
     return {'model.pool': Told('mean', 'there is no class token')}
   if 'head/kernel' in ours:

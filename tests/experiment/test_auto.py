@@ -12,6 +12,7 @@ from qvit_jax.experiment import auto
 from qvit_jax.models import architecture
 from qvit_jax.store.tensors import save_tensors
 from qvit_jax.weights import open_source
+from tests.weights.test_towers import TOWERS
 from tests.weights.test_weights import FIXTURES, LAYOUTS, make_config
 
 BARE = FIXTURES / 'timm.safetensors'
@@ -29,15 +30,15 @@ def fill(path, *, trains=False, **fields):
   )
 
 
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('name', [*LAYOUTS, *TOWERS])
 def test_a_file_tells_the_model_that_its_library_made(name):
-  file, fields, *_ = LAYOUTS[name]
-  path, given = FIXTURES / file, {}
+  file, fields, *_ = {**LAYOUTS, **TOWERS}[name]
+  path, given = FIXTURES / file, {'model__num_classes': 5}
   if not (path / 'config.json').exists():  # what no tensor shows
     given['model__heads'] = 3
     if fields.get('activation') != 'swiglu':
       given['model__activation'] = fields.get('activation', 'gelu')
-  if fields.get('position') == 'rope':
+  if fields.get('position') == 'rope' and not path.is_dir():
     given['model__image_size'] = 16
   config, lines = fill(path, **given)
   wanted = architecture(make_config(**fields))

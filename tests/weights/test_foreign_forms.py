@@ -320,8 +320,6 @@ def positions(count):
   [
     ({'image_size': [4, 36]}, (1, 9)),
     ({'image_size': [36, 4]}, (9, 1)),
-    ({'image_size': [12, 36], 'patch_size': [4, 12]}, (3, 3)),
-    ({'image_size': 36, 'patch_size': [36, 4]}, (1, 9)),
     ({'image_size': [8, 8], 'pretrained_cfg': {'input_size': [3, 4, 36]},
       'patch_size': 4}, (3, 3)),
     ({'image_size': None, 'pretrained_cfg': {'input_size': [3, 4, 36]}},
@@ -353,6 +351,15 @@ def test_a_grid_that_contradicts_the_file_is_refused(tmp_path):
   folder = hf_folder(tmp_path / 'w', positions(10), image_size=[8, 16])
   with pytest.raises(WeightsError, match='no grid of 2 x 4, which config.json'):
     load_weights(str(folder), shapes_of(make_config()))
+
+
+@pytest.mark.parametrize('patch', [8, [4, 12], [36, 4]])
+def test_a_patch_that_contradicts_the_kernel_is_refused(patch, tmp_path):
+  folder = hf_folder(tmp_path / 'w', patch_size=patch)
+  with pytest.raises(WeightsError) as error:
+    load_weights(str(folder), shapes_of(make_config()))
+  assert 'is of 4 x 4 pixels; give the config.json of' in str(error.value)
+  assert f'says patch_size={patch}, but vit.embeddings' in str(error.value)
 
 
 def test_what_nothing_reads_is_said(tmp_path):
@@ -477,7 +484,7 @@ OPTIONS = {
     'pre_norm': (False, True),
     'last_norm': (True, False),
     'position': ('learned', 'rope'),
-    'activation': ('gelu', 'gelu_tanh', 'quick_gelu'),
+    'activation': ('gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'),
 }  # fmt: skip
 
 

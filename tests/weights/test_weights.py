@@ -45,6 +45,18 @@ LAYOUTS = {
         {'pool': 'token_mean', 'layer_scale': 1.0, 'registers': 3,
          'mlp_dim': 48},
         'hf_dinov2', 1),
+    'hf_dinov2_swiglu': (
+        'hf_dinov2_swiglu',
+        {'pool': 'token_mean', 'layer_scale': 1.0, 'mlp_dim': 32,
+         'activation': 'swiglu'},
+        'hf_dinov2', 1),
+    'hf_clip': (
+        'hf_clip',
+        {'pre_norm': True, 'activation': 'quick_gelu', 'norm_eps': 1e-5,
+         'pool': 'patch_mean', 'last_norm': False},
+        'hf_clip', 2),
+    'hf_siglip': ('hf_siglip', {'pool': 'mean', 'activation': 'gelu_tanh'},
+                  'hf_siglip', 11),
     'timm': ('timm.safetensors', {}, 'timm', 0),
     'timm_clip': (
         'timm_clip.safetensors',
@@ -65,12 +77,18 @@ LAYOUTS = {
                   'timm', 0),
     'timm_qk_norm': ('timm_qk_norm.safetensors', {'qk_norm': True}, 'timm', 0),
     'timm_dinov2': ('timm_dinov2.safetensors', {'layer_scale': 1.0}, 'timm', 0),
+    'timm_swiglu': (
+        'timm_swiglu.safetensors',
+        {'layer_scale': 1.0, 'activation': 'swiglu'}, 'timm', 0),
     'timm_registers': ('timm_registers.safetensors',
                        {'layer_scale': 1.0, 'registers': 3}, 'timm', 0),
     'timm_distilled': ('timm_distilled.safetensors', {'registers': 1},
                        'timm_distilled', 2),
     'torchvision': ('torchvision.safetensors', {}, 'torchvision', 0),
     'dinov2': ('dinov2.pth', {'layer_scale': 1.0}, 'dinov2', 1),
+    'dinov2_swiglu': (
+        'dinov2_swiglu.pth', {'layer_scale': 1.0, 'activation': 'swiglu'},
+        'dinov2', 1),
     'google': ('google.npz', {}, 'google', 0),
 }  # fmt: skip
 
@@ -126,7 +144,8 @@ def test_an_export_is_the_file_bit_for_bit(name, tmp_path):
     str(FIXTURES / file), shapes_of(make_config(**fields))
   )
   path = tmp_path / 'model.safetensors'
-  save_tensors(translate(params, layout), path, form='safetensors')
+  pool = fields.get('pool', '')
+  save_tensors(translate(params, layout, pool), path, form='safetensors')
   written = safetensors.numpy.load_file(path)
   theirs = {
     name: entry.read()
