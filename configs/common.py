@@ -39,10 +39,11 @@ model
     What the head sees: 'token' (class token) | 'mean' (of the patches; no class
     token) | 'patch_mean' (of the patches, beside a class token, as MAE) |
     'token_mean' (token and mean side by side, as DINOv2) | 'attention' (a
-    learned token asks the patches, no class token, SigLIP).
+    learned token asks the patches, no class token, SigLIP) | 'token_attention'
+    (a learned token asks all tokens, beside a class token: an attentive probe).
   model.norm_after_pool = False
     The last norm stands behind the pooling (MAE's fc_norm); not with
-    'token_mean' or 'attention'.
+    'token_mean', 'attention' or 'token_attention'.
   model.last_norm = True
     There is a norm behind the blocks, or behind the pooling; not in RADIO.
   model.pre_norm = False
