@@ -234,7 +234,8 @@ data
     Beta parameter of CutMix; 0 = off.
   data.resident_mib = 2048
     MiB of uint8 images (train + eval) kept on the device; larger sets stream
-    from the host, as folders always do.
+    from the host, as folders always do. Also the most that features which are
+    computed once may take (see train.trainable).
   data.workers = 0
     Decoding processes when streaming; 0 = threads.
 
@@ -292,7 +293,9 @@ train
     Stop after this many evaluations without a new best.
   train.trainable = ('auto',)
     Collections that get gradients, or parts of them such as 'params/head';
-    ('auto',): what the recipe learns, or adapters and the head.
+    ('auto',): what the recipe learns, or adapters and the head. Where they lie
+    behind the pooling, and nothing changes features, these are computed once;
+    else a line says why not.
   train.stages = ()
     Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1: 'all'
     (bits as planned, all is trained) | 'acts' (kernels in float) | 'weights'

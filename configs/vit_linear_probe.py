@@ -1,0 +1,31 @@
+"""A linear probe: a head on a frozen backbone, CIFAR-100 at 98 px.
+
+  python main.py --config=configs/vit_linear_probe.py --workdir=runs/probe
+
+Judges what a backbone knows: only the head is trained, on features that are
+computed once, as no image is augmented. Starts from DINOv2's ViT-S/14 (timm's
+layout, fetched from the Hugging Face hub) or from any ViT-S/14 that
+--config.weights.path= names: a file, a folder or a workdir.
+The head of DINOv2's own probes sees the mean of the patches too:
+  add --config.model.pool=token_mean
+A rate chosen on held-out training images:
+  add --config.data.train_split='train[:90%]'
+  --config.data.eval_split='train[90%:]' --config.optim.lr=3e-3
+What it saves a step: add --mode=benchmark
+"""
+
+from configs import common
+
+
+def get_config():
+  """Returns the config."""
+  config = common.get_config()
+  # The backbone.
+  config.model.update(size='S/14', image_size=98, layer_scale=1e-5)
+  config.model.num_classes = 100
+  config.weights.path = 'hf://timm/vit_small_patch14_dinov2.lvd142m'
+  config.data.update(source='tfds', name='cifar100')
+  config.train.update(trainable=('params/head',), epochs=30, batch_size=256)
+  config.optim.lr = 1e-3
+  config.eval.update(batch_size=250)
+  return config
