@@ -185,7 +185,7 @@ def find(experiment: Experiment) -> tuple[Features | None, str]:
     if mib <= most:
       return features, features.line
     reasons.append(
-      f'those of {count:,} images take {mib:,.0f} MiB, more than '
+      f'those of {count:,} images take {mib:,.1f} MiB, more than '
       f'data.resident_mib={most:g}'
     )
   return None, f'are computed anew each step: {"; ".join(reasons)}'
@@ -212,7 +212,11 @@ def _choose(
 
 
 def _reasons(experiment: Experiment) -> list[str]:
-  """Returns what of a training makes features change from step to step."""
+  """Returns what of a training makes features change from step to step.
+
+  Norms with statistics lie before every cut, and keep them where any norm is
+  not trained; see `norms.why_held`.
+  """
   config, found = experiment.config, []
   if not experiment.data.train.source:
     found.append('the training images are streamed')
@@ -223,8 +227,6 @@ def _reasons(experiment: Experiment) -> list[str]:
     found.append('train.teacher sees the images')
   if experiment.model.method.quantizes:
     found.append(f'quant.recipe={config.quant.recipe} rounds what makes them')
-  if experiment.model.changing:
-    found.append('statistics of norms follow the batches')
   return found
 
 
