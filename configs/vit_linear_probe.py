@@ -10,7 +10,7 @@ The head of DINOv2's own probes sees the mean of the patches too:
   add --config.model.pool=token_mean
 A rate chosen on held-out training images:
   add --config.data.train_split='train[:90%]'
-  --config.data.eval_split='train[90%:]' --config.optim.lr=3e-3
+  --config.data.eval_split='train[90%:]' --config.optim.lr=1e-4
 What it saves a step: add --mode=benchmark
 """
 
@@ -26,6 +26,6 @@ def get_config():
   config.weights.path = 'hf://timm/vit_small_patch14_dinov2.lvd142m'
   config.data.update(source='tfds', name='cifar100')
   config.train.update(trainable=('params/head',), epochs=30, batch_size=256)
-  config.optim.lr = 1e-3
+  config.optim.lr = 3e-4
   config.eval.update(batch_size=250)
   return config
