@@ -41,10 +41,11 @@ model
     What the head sees: 'token' (class token) | 'mean' (of the patches; no class
     token) | 'patch_mean' (of the patches, beside a class token, as MAE) |
     'token_mean' (token and mean side by side, as DINOv2) | 'attention' (a
-    learned token asks the patches, no class token, SigLIP).
+    learned token asks the patches, no class token, SigLIP) | 'token_attention'
+    (a learned token asks all tokens, beside a class token: an attentive probe).
   model.norm_after_pool = False
     The last norm stands behind the pooling (MAE's fc_norm); not with
-    'token_mean' or 'attention'.
+    'token_mean', 'attention' or 'token_attention'.
   model.last_norm = True
     There is a norm behind the blocks, or behind the pooling; not in RADIO.
   model.pre_norm = False
@@ -235,7 +236,8 @@ data
     Beta parameter of CutMix; 0 = off.
   data.resident_mib = 2048
     MiB of uint8 images (train + eval) kept on the device; larger sets stream
-    from the host, as folders always do.
+    from the host, as folders always do. Also the most that features which are
+    computed once may take (see train.trainable).
   data.workers = 0
     Decoding processes when streaming; 0 = threads.
 
@@ -293,7 +295,9 @@ train
     Stop after this many evaluations without a new best.
   train.trainable = ('auto',)
     Collections that get gradients, or parts of them such as 'params/head';
-    ('auto',): what the recipe learns, or adapters and the head.
+    ('auto',): what the recipe learns, or adapters and the head. Where they lie
+    behind the pooling, and nothing changes features, these are computed once;
+    else a line says why not.
   train.stages = ()
     Parts of the updates, 'NAME:SHARE' in order, shares that sum to 1: 'all'
     (bits as planned, all is trained) | 'acts' (kernels in float) | 'weights'

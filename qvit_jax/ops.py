@@ -2,12 +2,13 @@
 
 A model never multiplies itself: its layers are `SiteDense`, `SiteConv` and
 `SiteProduct`, and all hand their operands to the `Ops` they were given. `Ops`
-has four slots:
+has five slots:
 
   core     how a product is computed: float, AQT, later learned steps or ints
   delta    what is added to a layer beside its kernel (LoRA)
   rectify  a transform of queries and keys before their product (Q-ViT's IRM)
   tap      an observer of operands (site listing, calibration)
+  cut      what goes on at a cut of the model (features computed once)
 
 A slot that needs variables declares them on the module it is handed, so they
 live in their own collection under the layer's own path and `params` stays the
@@ -187,6 +188,7 @@ class Ops:
   tap: (
     Callable[[nn.Module, Site, Array, Array | None, Dims], None] | None
   ) = None
+  cut: Callable[[nn.Module, str, Array], Array] = lambda module, name, x: x
 
 
 class SiteDense(nn.Module):

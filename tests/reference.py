@@ -198,8 +198,9 @@ def vit(
     )
   if 'norm' in encoder:
     x = layer_norm(x, encoder['norm'], eps)
-  if pool == 'attention':
-    x = attention_pool(x[:, num_first:], params['pool'], eps, activation)
+  if pool in ('attention', 'token_attention'):
+    x = x[:, num_first:] if pool == 'attention' else x
+    x = attention_pool(x, params['pool'], eps, activation)
   else:
     x = x[:, 0] if pool == 'token' else x[:, num_first:].mean(axis=1)
   if 'pool_norm' in params:

@@ -66,7 +66,8 @@ def filled(
     else:
       is_same = _is_same(given.get(name, value), value)
     if not is_same:
-      if is_whole or one.is_sure and not _is_free(name, given[name]):
+      is_free = _is_free(name, given[name], told)
+      if is_whole or one.is_sure and not is_free:
         raise ConfigError(
           f'{name}={_text(given[name])} of the config, but {origin} says '
           f'{_text(value)} ({place}); leave {name} out, or choose other weights'
@@ -81,13 +82,16 @@ def filled(
   return config_lib.with_fields(config, fields), lines
 
 
-def _is_free(name: str, value: Any) -> bool:
+def _is_free(name: str, value: Any, told: dict[str, Told]) -> bool:
   """Returns whether a page may say otherwise than the file.
 
-  Positions are resized; a head, and a pooling with parameters, start fresh.
+  Positions are resized; a head starts fresh, and so does a pooling with
+  parameters; what a file without a head would pool nobody has trained.
   """
-  free = ('model.image_size', 'model.num_classes')
-  return name in free or (name, value) == ('model.pool', 'attention')
+  if name == 'model.pool':
+    fresh = value in ('attention', 'token_attention')
+    return fresh or 'model.num_classes' not in told
+  return name in ('model.image_size', 'model.num_classes')
 
 
 def _told(

@@ -80,6 +80,9 @@ class Experiment:
       QvitError: Some part of the config cannot be.
     """
     self.teacher: Any = None  # set by whoever loads one: a `teacher.Teacher`
+    # Set by whoever computes them: `features.Features`, which the train step
+    # then takes in place of images.
+    self.features: Any = None
     # Of the parameters that adapters leave as they are, once they are there.
     self.base_digest = ''
     if data is None:
@@ -338,8 +341,19 @@ class Experiment:
     kind, changing = stages_lib.KINDS[stage], self.model.changing
     module = self.model.rounding(kind.operand, holds=kind.holds)
     apply = module.apply
+    prepare = functools.partial(
+      preprocess.prepare_train,
+      data=preprocess.for_step(data, is_resident=bool(self.data.train.source)),
+      size=model.image_size,
+      num_classes=model.num_classes,
+    )
     if teacher:
       apply = teacher.tapped(self.config, module.ops)
+    if self.features:
+      apply = self.features.behind(self.config, module.ops)
+      prepare = functools.partial(
+        self.features.prepare, classes=model.num_classes
+      )
     frozen = stages_lib.frozen(stage, self._trained)
     apply = stages_lib.stop_gradients(apply, frozen)
     tx, penalty = stages_lib.hold(self.tx, frozen), None
@@ -360,14 +374,7 @@ class Experiment:
       apply=apply,
       tx=tx,
       gather=preprocess.gather,
-      prepare=functools.partial(
-        preprocess.prepare_train,
-        data=preprocess.for_step(
-          data, is_resident=bool(self.data.train.source)
-        ),
-        size=model.image_size,
-        num_classes=model.num_classes,
-      ),
+      prepare=prepare,
       batch_sharding=self.batch_sharding,
       train=self.config.train,
       seed=self.config.seed,
@@ -459,14 +466,19 @@ class Experiment:
 
     return evaluate
 
-  def eval_batches(self) -> Iterator[Any]:
-    """Yields the placed batches of the evaluation split, in its order."""
+  def eval_batches(self, split: Any = None) -> Iterator[Any]:
+    """Yields the placed batches of a split, in its order.
+
+    Args:
+      split: By default that of the evaluation.
+    """
+    split = split or self.data.eval
     # A split smaller than a batch is not padded to a whole one.
     parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    most = -(-self.data.eval.size // parts) * parts
+    most = -(-split.size // parts) * parts
     batch = min(self.config.eval.batch_size, most)
     rows = sharding.local_rows(self.mesh, batch)
-    for host in self.data.eval.eval_batches(batch=batch, rows=rows):
+    for host in split.eval_batches(batch=batch, rows=rows):
       yield sharding.place_batch(host, self.mesh, batch, rows)
 
   def replicate(self, host: Any) -> Any:

@@ -143,6 +143,17 @@ class Model:
       return []
     return self.frozen.lines(self.shapes, self.kept(self.shapes))
 
+  def trained_lines(self) -> list[str]:
+    """One line: how many numbers train, where only parts of them do."""
+    names = self.config.train.trainable
+    if self.frozen or not any('/' in name for name in names):
+      return []
+    part, _ = split_collections(self.shapes, names)
+    return [
+      f'{tree.num_elements(part):,} of {tree.num_elements(self.shapes):,} '
+      f'numbers: {", ".join(names)}'
+    ]
+
   def rounding(self, operand: str, *, holds: bool = False) -> Any:
     """Returns the module of a stage.
 

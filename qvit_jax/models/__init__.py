@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import mobilenet, vgg, vit
 from qvit_jax.models.batch_norm import Statistics
-from qvit_jax.models.family import Family
+from qvit_jax.models.family import Cut, Family
 from qvit_jax.ops import Ops, Pair, Site, Stream
 
 __all__ = [
-    'FAMILIES', 'Family', 'Statistics', 'architecture', 'build_model', 'family',
-    'list_sites', 'pairs', 'statistics', 'stream', 'tensor_rules',
+    'FAMILIES', 'Cut', 'Family', 'Statistics', 'architecture', 'build_model',
+    'cuts', 'family', 'list_sites', 'pairs', 'statistics', 'stream',
+    'tensor_rules',
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -75,6 +76,11 @@ def statistics(config) -> Statistics | None:
 def pairs(config) -> tuple[Pair, ...]:
   """Returns layers between which channels can be scaled; () where none can."""
   return family(config).pairs(config.model)
+
+
+def cuts(config) -> tuple[Cut, ...]:
+  """Returns where the model can be cut, in the order that images go."""
+  return family(config).cuts(config.model)
 
 
 def list_sites(config) -> list[Site]:

@@ -9,6 +9,23 @@ from qvit_jax.ops import Ops, Pair, Stream
 
 
 @dataclasses.dataclass(frozen=True)
+class Cut:
+  """A place in a model through which all goes that the layers behind it see.
+
+  Where they alone are trained, what passes there can be computed once.
+
+  Attributes:
+    name: By which the model hands it to `Ops.cut`.
+    behind: Paths of all modules with parameters behind it.
+    draws: Fields of `config.model` that draw at random before it.
+  """
+
+  name: str
+  behind: tuple[str, ...]
+  draws: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """A kind of model. A new one is a file that makes this record, and a line.
 
@@ -26,6 +43,7 @@ class Family:
     stream: config.model -> its residual stream; None: the family has none
       whose channels could be turned or scaled as one.
     pairs: config.model -> layers between which channels can be scaled.
+    cuts: config.model -> its cuts, in the order in which an image passes them.
     statistics: How norms keep statistics; None: no norm of the family does.
   """
 
@@ -39,4 +57,5 @@ class Family:
   reads: tuple[str, ...]
   stream: Callable[[Any], Stream] | None = None
   pairs: Callable[[Any], tuple[Pair, ...]] = lambda model: ()
+  cuts: Callable[[Any], tuple[Cut, ...]] = lambda model: ()
   statistics: Statistics | None = None

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from qvit_jax.errors import ConfigError
 from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.models.convs import LINEAR, Layer, apply_layer, check_image
-from qvit_jax.models.family import Family
+from qvit_jax.models.family import Cut, Family
 from qvit_jax.ops import Ops, Pair, SiteDense
 
 # (expansion, channels, blocks, stride of the first) of each stage.
@@ -161,6 +161,7 @@ class MobileNetV2(nn.Module):
     layer = Layer('last', 'last_norm', rounded(LAST * max(1, o.width)), size=1)
     x = relu6(apply_layer(o, self.ops, layer, x, train))
     x = x.astype(jnp.float32).mean(axis=(1, 2))  # [b, c]
+    x = self.ops.cut(self, 'head', x)
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
@@ -273,5 +274,6 @@ FAMILY = Family(
     )
   ),  # fmt: skip
   pairs=pairs,
+  cuts=lambda model: (Cut('head', ('head',), draws=('stochastic_depth',)),),
   statistics=Statistics(layer=lambda norm: norm.removesuffix('_norm')),
 )

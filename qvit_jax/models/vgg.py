@@ -23,7 +23,7 @@ from qvit_jax.models.convs import (
   check_image,
   max_pool,
 )
-from qvit_jax.models.family import Family
+from qvit_jax.models.family import Cut, Family
 from qvit_jax.ops import Ops, Pair, SiteDense
 
 # Convolutions of each stage; a stage ends by halving the image.
@@ -86,15 +86,19 @@ class VGG(nn.Module):
     if o.classifier == 'paper':
       x = adaptive_mean(x, WINDOWS)
       x = x.reshape(x.shape[0], -1)  # [b, 7 * 7 * c], channels fastest
+      x = self.ops.cut(self, 'fc1', x)
       for name in ('fc1', 'fc2'):
         dense = SiteDense(
           (o.channels * _HIDDEN,), self.ops, dtype=o.dtype, init=LINEAR,
           name=name,
         )  # fmt: skip
         x = nn.relu(dense(x))
+        if name == 'fc2':
+          x = self.ops.cut(self, 'head', x)
         x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     else:
       x = x.astype(jnp.float32).mean(axis=(1, 2))
+      x = self.ops.cut(self, 'head', x)
       x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
@@ -156,6 +160,14 @@ def pairs(model) -> tuple[Pair, ...]:
   )
 
 
+def cuts(model) -> tuple[Cut, ...]:
+  """Returns where the model can be cut; see `Family`."""
+  if model.classifier != 'paper':
+    return (Cut('head', ('head',)),)
+  hidden = Cut('fc1', ('fc1', 'fc2', 'head'))
+  return hidden, Cut('head', ('head',), draws=('head_dropout',))
+
+
 def from_config(model, ops: Ops) -> VGG:
   """Returns the VGG that `config.model` describes, computing through `ops`."""
   _check(model)
@@ -185,5 +197,6 @@ FAMILY = Family(
     )
   ),  # fmt: skip
   pairs=pairs,
+  cuts=cuts,
   statistics=Statistics(layer=lambda norm: norm.replace('norm', 'conv')),
 )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from qvit_jax.errors import ConfigError
 from qvit_jax.models import rope
-from qvit_jax.models.family import Family
+from qvit_jax.models.family import Cut, Family
 from qvit_jax.models.vit_parts import (
   AttentionPool,
   Block,
@@ -32,6 +32,9 @@ SIZES = {
   'B': (768, 12, 12, 3072),
   'L': (1024, 24, 16, 4096),
 }
+
+# Values of `model.pool` by which a learned token asks the others.
+ATTENDING = ('attention', 'token_attention')
 
 # Which axis of a parameter `mesh.tensor` splits: heads, or hidden channels.
 TENSOR_RULES = (
@@ -108,8 +111,10 @@ class ViT(nn.Module):
     if o.pre_norm:
       x = norm(o, 'pre_norm')(x).astype(x.dtype)
     x = Encoder(o, self.ops, name='encoder')(x, train, angles)
-    if o.pool == 'attention':
-      x = AttentionPool(o, self.ops, name='pool')(x[:, num_first:], train)
+    if o.pool in ATTENDING:
+      x = x if o.pool == 'token_attention' else x[:, num_first:]
+      x = self.ops.cut(self, 'pool', x.astype(o.dtype))  # as it is read there
+      x = AttentionPool(o, self.ops, name='pool')(x, train)
     else:
       token, mean = x[:, 0], x[:, num_first:].mean(axis=1)  # [b, d] each
       if o.pool == 'token_mean':
@@ -118,6 +123,7 @@ class ViT(nn.Module):
         x = token if o.pool == 'token' else mean
     if o.norm_after_pool:
       x = norm(o, 'pool_norm')(x)
+    x = self.ops.cut(self, 'head', x)
     x = nn.Dropout(o.head_dropout, deterministic=not train)(x)
     head = SiteDense(
       (o.num_classes,), self.ops, dtype=o.dtype, out_dtype=jnp.float32,
@@ -167,9 +173,9 @@ def resolve_shape(model) -> dict[str, int]:
       f'a head has {shape["width"] // shape["heads"]} channels; choose '
       'model.width and model.heads that make it a multiple of 4'
     )
-  if model.norm_after_pool and model.pool in ('token_mean', 'attention'):
+  if model.norm_after_pool and model.pool in ('token_mean', *ATTENDING):
     what = 'puts two side by side'
-    if model.pool == 'attention':
+    if model.pool in ATTENDING:
       what = 'reads tokens that are normed before'
     raise ConfigError(
       'model.norm_after_pool=True norms one pooled token, but model.pool='
@@ -236,7 +242,7 @@ def stream(model) -> Stream:
     ]
   between = model.qk_norm or model.position == 'rope'
   turned, pooling, attending = () if between else blocks, ('head',), ()
-  if model.pool == 'attention':
+  if model.pool in ATTENDING:
     pooling, attending = ('pool/attn/key', 'pool/attn/value'), ('pool',)
   # A norm commutes with turning wherever it stands, and so does the mean.
   last = 'pool_norm' if model.norm_after_pool else 'encoder/norm'
@@ -253,6 +259,17 @@ def stream(model) -> Stream:
     ),
     hidden=tuple(f'{b}/mlp/fc2' for b in (*blocks, *attending)),
   )
+
+
+def cuts(model) -> tuple[Cut, ...]:
+  """Returns where the model can be cut; see `Family`."""
+  draws = (
+    'dropout', 'attention_dropout', 'embedding_dropout', 'stochastic_depth'
+  )  # fmt: skip
+  head = Cut('head', ('head',), draws)
+  if model.pool not in ATTENDING:
+    return (head,)
+  return Cut('pool', ('pool', 'head'), draws), head
 
 
 def from_config(model, ops: Ops) -> ViT:
@@ -290,4 +307,5 @@ FAMILY = Family(
     )
   ),  # fmt: skip
   stream=stream,
+  cuts=cuts,
 )

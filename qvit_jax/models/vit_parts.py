@@ -196,7 +196,7 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """One learned token asks the patches; an MLP with a shortcut follows."""
+  """One learned token asks the others; an MLP with a shortcut follows."""
 
   o: Options
   ops: Ops

@@ -1,5 +1,6 @@
 """What `--mode=benchmark` times of an experiment and its float twin."""
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from qvit_jax.data.listing import Files
 from qvit_jax.evaluation import timing
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.models import Cut
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
 from qvit_jax.report import rows as report
@@ -35,17 +37,22 @@ _LOADER_ROUNDS = 5  # of some seconds each
 class _Stepper:
   """A train step that carries its own state from call to call."""
 
-  def __init__(self, experiment: Experiment):
-    source = experiment.replicate(experiment.data.train.source)
+  def __init__(self, experiment: Experiment, *, keeps: bool = True):
+    """Compiles it; where it `keeps` features, those are computed once."""
     self._batches = experiment.train_batches(1, 10**9)
     self._fixed = next(self._batches)
     key = jax.random.key(experiment.config.seed)
     state = experiment.fresh_state(key)
+    if keeps:
+      source = session.train_source(experiment, state.variables)
+    else:
+      source = experiment.replicate(experiment.data.train.source)
     self.compiled, self.compile_seconds = experiment.compile_train_step(
       state, source, self._fixed
     )
     self._state, self._source = state, source
     self._given = experiment.given
+    self.first_loss: float | None = None
 
   def fixed(self) -> jax.Array:
     """Steps on one batch that is on the device already."""
@@ -53,7 +60,10 @@ class _Stepper:
 
   def loaded(self) -> jax.Array:
     """Steps on the next batch of the data set."""
-    return self._step(next(self._batches))
+    tick = self._step(next(self._batches))
+    if self.first_loss is None:
+      self.first_loss = float(tick[0])
+    return tick
 
   def _step(self, batch) -> jax.Array:
     self._state, tick = self.compiled(
@@ -69,10 +79,21 @@ def time_training(
 
   Args:
     twins: 'model' and, if that is quantized, 'float'; 'aqt' beside learned
-      steps.
+      steps. Where features of 'model' are computed once, 'recomputed' is
+      timed beside it.
     rounds: Timed turns of each candidate.
   """
   steppers = {name: _Stepper(twin) for name, twin in twins.items()}
+  flops = dict.fromkeys(
+    steppers, twins['model'].model.plan.macs() * _TRAIN_FLOPS_PER_MAC
+  )
+  kept = twins['model'].features
+  if kept:
+    anew = copy.copy(twins['model'])
+    anew.features = None
+    steppers['recomputed'] = _Stepper(anew, keeps=False)
+    flops['model'], frozen = _split_flops(anew, kept.cut)
+    flops['recomputed'] = flops['model'] + frozen
   calls: dict[str, Callable[[], Any]] = {
     name: stepper.loaded for name, stepper in steppers.items()
   }
@@ -82,8 +103,8 @@ def time_training(
   return {
       'candidates': {
           name: _candidate(
-              twins['model'], seconds[name], stepper.compiled,
-              stepper.compile_seconds, batch, _TRAIN_FLOPS_PER_MAC,
+              seconds[name], stepper.compiled, stepper.compile_seconds, batch,
+              flops[name],
           )
           for name, stepper in steppers.items()
       },
@@ -93,6 +114,9 @@ def time_training(
               seconds['model_fixed_batch'], seconds['model']
           )
       },
+      'first_losses': {
+          name: stepper.first_loss for name, stepper in steppers.items()
+      } if kept else {},
       'samples_seconds': seconds,
   }  # fmt: skip
 
@@ -128,8 +152,8 @@ def time_inference(
   return {
       'candidates': {
           name: _candidate(
-              experiment, seconds[name], compiled[name], compile_seconds[name],
-              batch, _INFERENCE_FLOPS_PER_MAC,
+              seconds[name], compiled[name], compile_seconds[name], batch,
+              experiment.model.plan.macs() * _INFERENCE_FLOPS_PER_MAC,
           )
           for name in twins
       },
@@ -181,10 +205,27 @@ def time_loader(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
   }
 
 
+def _split_flops(experiment: Experiment, cut: Cut) -> tuple[int, int]:
+  """Returns FLOPs of an image's step behind a cut, and forward before it."""
+  starts = tuple(f'{path}/' for path in cut.behind)
+  behind = sum(
+    site.macs
+    for site in experiment.model.plan.sites
+    if f'{site.path}/'.startswith(starts)
+  )
+  before = experiment.model.plan.macs() - behind
+  return behind * _TRAIN_FLOPS_PER_MAC, before * _INFERENCE_FLOPS_PER_MAC
+
+
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
+  found = {}
+  if 'recomputed' in seconds:  # what features that are computed once save
+    found['recomputed_to_model'] = timing.ratio(
+      seconds['recomputed'], seconds['model']
+    )
   if 'float' not in seconds:
-    return {}
-  return {
+    return found
+  return found | {
     f'{name}_to_float': timing.ratio(seconds[name], seconds['float'])
     for name in ('model', 'aqt')
     if name in seconds
@@ -192,11 +233,11 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _candidate(
-  experiment, seconds, compiled, compile_seconds, batch, flops_per_mac
+  seconds, compiled, compile_seconds, batch, flops_per_image
 ) -> dict[str, Any]:
   spread = timing.spread(seconds)
   rate = batch / spread['median']
-  flops = experiment.model.plan.macs() * flops_per_mac * rate
+  flops = flops_per_image * rate
   peak = timing.peak_flops()
   return {
     'milliseconds': {k: 1e3 * v for k, v in spread.items()},
@@ -228,6 +269,9 @@ def table(result: dict[str, Any]) -> str:
       lines.append(
         f'{part} {name}: {r["median"]:.3f} ({r["p10"]:.3f} to {r["p90"]:.3f})'
       )
+  if losses := result['train']['first_losses']:
+    listed = ', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())
+    lines.append(f'train loss of the first step: {listed}')
   if loader := result.get('loader'):
     r, bare = loader['ratio'], loader['bare_images_per_second']['median']
     lines.append(

@@ -11,7 +11,7 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import checks, sources, statistics
+from qvit_jax.experiment import checks, features, sources, statistics
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import folded
@@ -67,6 +67,20 @@ def add_teacher(experiment: Experiment) -> None:
     experiment.teacher = teacher_lib.load_teacher(experiment)
     for line in experiment.teacher.lines:
       say(f'teacher   {line}')
+
+
+def train_source(experiment: Experiment, variables: dict[str, Any]) -> Any:
+  """Returns what training gathers from, on the devices.
+
+  Images, or what a frozen backbone makes of them, as printed.
+  """
+  experiment.features, line = features.find(experiment)
+  if line:
+    say(f'features  {line}')
+  if not experiment.features:
+    return experiment.replicate(experiment.data.train.source)
+  tell = lambda text: say(f'features  {text}')
+  return experiment.features.compute(experiment, variables, tell)
 
 
 def write_results(

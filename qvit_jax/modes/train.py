@@ -35,6 +35,8 @@ def train(config: Any, workdir: str, *, data: Data | None = None) -> None:
     say(f'schedule  {schedule_line(experiment.config, size)}')
     if config.train.stages:
       say(f'stages    {", ".join(map(str, experiment.stages))}')
+    for line in experiment.model.trained_lines():
+      say(f'trained   {line}')
     for line in experiment.precision_lines():
       say(f'precision {line}')
     for line in experiment.model.statistics_lines():
@@ -88,7 +90,9 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     )
   else:
     writers = Writers([])
-  source = experiment.replicate(experiment.data.train.source)
+  source = None  # where no step is left to do
+  if done < total:
+    source = session.train_source(experiment, state.variables)
 
   def make_step(number, state, batch):
     stage = next(s for s in experiment.stages if number <= s.last)

@@ -1,5 +1,6 @@
 """What a training run is at one moment."""
 
+import difflib
 from typing import Any
 
 import flax.struct
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qvit_jax import tree
 from qvit_jax.errors import ConfigError
 
 
@@ -46,23 +48,53 @@ def split_collections(
     trainable: Collections, or parts of them such as 'params/head'.
 
   Raises:
-    ConfigError: A named collection or part is not in the model.
+    ConfigError: A named collection or part is not in the model, or was named
+      before.
   """
   train: dict[str, Any] = {}
   rest = dict(variables)
   for name in trainable:
-    first, _, inner = name.partition('/')
-    if first not in rest:
-      raise ConfigError(
-        f'train.trainable names {name!r}, but the model has only '
-        f'{", ".join(variables)}; choose from these'
-      )
-    if inner:
-      part, rest[first] = split_collections(rest[first], (inner,))
-      train = join_collections(train, {first: part})
-    else:
-      train[first] = rest.pop(first)
+    try:
+      part, rest = _take(rest, name.split('/'))
+    except KeyError as error:
+      raise ConfigError(_no_such(name, variables, trainable)) from error
+    train = join_collections(train, part)
   return train, rest
+
+
+def _take(
+  variables: dict[str, Any], path: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what lies at a path, and all else; KeyError: nothing does."""
+  first, *inner = path
+  rest = dict(variables)
+  found = rest.pop(first)
+  if inner:
+    if not isinstance(found, dict):
+      raise KeyError(inner[0])
+    found, rest[first] = _take(found, inner)
+  return {first: found}, rest
+
+
+def _no_such(
+  name: str, variables: dict[str, Any], trainable: tuple[str, ...]
+) -> str:
+  """Returns what is wrong with a name, and which is nearest."""
+  known = set(variables)
+  for path in tree.flatten(variables):
+    parts = path.split('/')
+    known |= {'/'.join(parts[:i]) for i in range(1, len(parts) + 1)}
+  if name in known:
+    return (
+      f'train.trainable={tuple(trainable)} names {name!r} twice, or as a part '
+      'of what it names before; leave one of them out'
+    )
+  near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+  return (
+    f'train.trainable names {name!r}, but the model has only '
+    f'{", ".join(variables)}; choose from these or from their parts, of which '
+    f'{near!r} is the nearest'
+  )
 
 
 def join_collections(

@@ -65,6 +65,7 @@ class Comparison:
       self._find_zeros()
       unneeded.drop_masked(self)
     self._compare_structure()
+    self._compare_pool()
     self._compare_head()
     self._compare_names()
     self._compare_shapes()
@@ -118,10 +119,19 @@ class Comparison:
       if not any(name in self.ours for name in names):
         self.report.zeros |= dict.fromkeys(names, 'the file has no such bias')
 
+  def _compare_pool(self) -> None:
+    """An attention pooling that the file has nothing of starts fresh."""
+    pool = [name for name in self.wanted if name.startswith('pool/')]
+    if not any(name.startswith('pool/') for name in self.ours):
+      for name in pool:
+        self.report.reinitialised[name] = 'the file has none'
+
   def _compare_head(self) -> None:
-    """A head of other classes, or none, starts fresh."""
+    """A head of other classes, or behind another pooling, starts fresh."""
     kernel, bias = 'head/kernel', 'head/bias'
     reason = self._drop_hidden()
+    if self.report.reinitialised:
+      reason = 'it follows another pooling there'
     there = tell.head_classes(self.source, self.ours)
     here = self.wanted[bias].shape[0]
     if kernel not in self.ours and bias not in self.ours:

@@ -184,7 +184,7 @@ def _places_in(
 
 def _pool_of(ours: dict[str, np.ndarray]) -> str:
   if 'pool/probe' in ours:
-    return 'attention'
+    return 'token_attention' if 'cls' in ours else 'attention'
   if 'cls' not in ours:
     return 'mean'
   width = ours['patch_embed/kernel'].shape[-1]

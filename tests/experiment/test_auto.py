@@ -122,6 +122,13 @@ def test_images_of_another_size_and_fresh_poolings_are_the_pages_choice():
   config, lines = fill(FIXTURES / 'hf_vit', model__image_size=32)
   assert config.model.image_size == 32
   assert 'model.image_size=32: of the config; 16 by config.json' in lines
+  path = FIXTURES / 'hf_siglip_model'  # has no head
+  for pool in ('token_attention', 'mean'):
+    config, _ = fill(path, model__pool=pool)
+    assert config.model.pool == pool
+  path = FIXTURES / 'hf_clip'  # has one, of the mean of its patches
+  with pytest.raises(ConfigError, match=r'says patch_mean \(config\.json\)'):
+    fill(path, model__pool='token')
 
 
 @pytest.mark.parametrize(

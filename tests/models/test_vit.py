@@ -172,6 +172,7 @@ def test_any_image_that_the_patch_divides_works(image_size, patch):
     dict(position='rope', registers=2, layer_scale=0.1, qk_norm=True),
     dict(position='rope', pool='attention', heads=4, pre_norm=True),
     dict(last_norm=False, pool='attention'),
+    dict(pool='token_attention', registers=2, heads=4),
   ],
   ids=str,
 )
@@ -217,7 +218,7 @@ def test_no_norm_cannot_stand_behind_the_pooling():
     models.build_model(config)
 
 
-@pytest.mark.parametrize('pool', ['token_mean', 'attention'])
+@pytest.mark.parametrize('pool', ['token_mean', 'attention', 'token_attention'])
 def test_a_norm_behind_two_pooled_tokens_is_refused(pool):
   config = tiny(pool=pool, norm_after_pool=True)
   with pytest.raises(ConfigError, match=r'--config\.model\.pool=patch_mean'):
@@ -230,6 +231,7 @@ def test_a_norm_behind_two_pooled_tokens_is_refused(pool):
     dict(pool='patch_mean', norm_after_pool=True, registers=1),
     dict(pool='mean', norm_after_pool=True, layer_scale=0.1),
     dict(pool='attention', registers=1),
+    dict(pool='token_attention'),
   ],
   ids=str,
 )
@@ -241,7 +243,7 @@ def test_a_norm_behind_the_pooling_is_folded_and_turned(fields):
   }
   stream = models.stream(config)
   turned = rotate.turn(rotate.fold_norms(params, stream), stream, seed=0)
-  last = 'pool/attn/key' if config.model.pool == 'attention' else 'head'
+  last = 'pool/attn/key' if 'attention' in config.model.pool else 'head'
   for name in ('patch_embed/kernel', f'{last}/kernel'):
     assert np.abs(turned[name] - params[name]).max() > 0.1
   variables = {'params': tree.nest(jax.tree.map(jnp.asarray, turned))}

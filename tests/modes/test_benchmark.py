@@ -59,3 +59,28 @@ def test_benchmark_of_a_float_model_has_no_twin(digits_config, tmp_path):
   result = json.loads((tmp_path / 'benchmark.json').read_text())
   assert set(result['train']['candidates']) == {'model'}
   assert set(result['train']['ratios']) == {'data_rate'}
+
+
+def test_benchmark_of_a_probe_says_what_kept_features_save(
+  digits_config, tmp_path, capsys
+):
+  digits_config.train.trainable = ('params/head',)
+  modes.run('benchmark', digits_config, str(tmp_path))
+  result = json.loads((tmp_path / 'benchmark.json').read_text())['train']
+  assert set(result['candidates']) == {'model', 'recomputed'}
+  samples = result['samples_seconds']
+  assert result['ratios']['recomputed_to_model'] == timing.ratio(
+    samples['recomputed'], samples['model']
+  )
+  losses = result['first_losses']
+  assert losses['model'] == pytest.approx(losses['recomputed'], rel=1e-6)
+  printed = capsys.readouterr().out
+  assert 'train recomputed_to_model: ' in printed
+  assert f'model {losses["model"]:.6f}, recomputed' in printed
+  rates = [
+    result['candidates'][name]['model_flops_per_second']
+    / result['candidates'][name]['images_per_second']
+    for name in ('model', 'recomputed')
+  ]
+  macs = 4 * 48 * 16 + 5 * 16 * 16 * 4 + 2 * 5 * 5 * 16 + 5 * 16 * 32 * 2
+  assert rates == pytest.approx([160 * 6, 160 * 6 + 2 * macs])

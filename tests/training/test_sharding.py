@@ -47,7 +47,10 @@ for tree in (state.variables, state.opt_state[0].mu):
   x = block(tree)['mlp']['fc1']['kernel']
   print('fc1', x.shape, 'shard', x.addressable_shards[0].data.shape)
 """
-RUNS = {'none': {'quant.recipe': 'none'}}  # of others: slow
+RUNS = {  # of others: slow
+  'none': {'quant.recipe': 'none'},
+  'probe': {'train.trainable': ['params/head'], 'optim.lr': 0.1},
+}
 MESHES = {
   'data4_fsdp2': {'mesh.data': 4, 'mesh.fsdp': 2, 'mesh.fsdp_min_mib': 1 / 64},
   'data2_tensor4': {'mesh.data': 2, 'mesh.tensor': 4},
@@ -101,10 +104,13 @@ def one_device(tmp_path_factory):
   return folder
 
 
+@pytest.mark.parametrize('run', [*RUNS])
 @pytest.mark.parametrize('mesh', [*MESHES])
-def test_eight_devices_give_the_losses_of_one(one_device, eight_devices, mesh):
-  expected = losses(one_device / 'none')
-  found = losses(eight_devices[0] / f'none_{mesh}')
+def test_eight_devices_give_the_losses_of_one(
+  one_device, eight_devices, mesh, run
+):
+  expected = losses(one_device / run)
+  found = losses(eight_devices[0] / f'{run}_{mesh}')
   assert len(expected) == 5
   assert expected[-1] < expected[0]  # it learns: equality is no accident
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

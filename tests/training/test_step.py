@@ -347,12 +347,32 @@ def test_trainable_names_the_collections_that_change(trainable, expected):
   assert set(state.variables) == {'params', 'quant'}
 
 
-def test_unknown_collection_is_refused_with_those_there_are():
+@pytest.mark.parametrize(
+  ('name', 'near'),
+  [('quants', 'quant'), ('params/Dense_1', 'params/Dense_0'),
+   ('params/Dense_0/kernel/x', 'params/Dense_0/kernel'),
+   ('param/Dense_0/bias', 'params/Dense_0/bias')],
+)  # fmt: skip
+def test_an_unknown_part_is_refused_with_the_nearest(name, near):
   with pytest.raises(ConfigError) as raised:
-    split_collections(variables_of_linear(), ('params', 'quants'))
+    split_collections(variables_of_linear(), ('params/Dense_0/bias', name))
   message = str(raised.value)
-  assert "train.trainable names 'quants'" in message
+  assert f'train.trainable names {name!r}' in message
   assert 'only params, quant;' in message or 'only quant, params;' in message
+  assert message.endswith(f'{near!r} is the nearest')
+
+
+@pytest.mark.parametrize('again', ['params', 'params/Dense_0/bias'])
+def test_a_part_that_is_named_twice_is_refused(again):
+  with pytest.raises(ConfigError, match=f'names {again!r} twice'):
+    split_collections(variables_of_linear(), ('params', again))
+
+
+def test_parts_of_one_layer_are_trained_together():
+  names = ('params/Dense_0/bias', 'params/Dense_0/kernel')
+  train, rest = split_collections(variables_of_linear(), names)
+  assert set(tree.flatten(train)) == set(names)
+  assert set(tree.flatten(rest)) == {'quant/gain'}
 
 
 def test_average_is_a_copy_of_the_start():

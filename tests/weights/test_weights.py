@@ -463,6 +463,7 @@ def test_a_folder_called_checkpoints_may_hold_anybodys_weights(tmp_path):
     ('hf', {'pool': 'mean'}, 'model.pool is mean, not token'),
     ('torchvision', {'pool': 'token_mean'}, 'model.pool is token_mean'),
     ('timm', {'pool': 'token_mean'}, 'not token or mean'),
+    ('timm', {'pool': 'token_attention'}, 'model.pool is token_attention, not'),
   ],
 )
 def test_an_export_that_nothing_could_load_is_refused(layout, fields, part):

@@ -124,7 +124,8 @@ FIELDS = (
   Field(
     'data.resident_mib', 2048, ZERO_UP,
     'MiB of uint8 images (train + eval) kept on the device; larger sets '
-    'stream from the host, as folders always do.',
+    'stream from the host, as folders always do. Also the most that features '
+    'which are computed once may take (see train.trainable).',
     needs=(RESIDENT,),
   ),
   Field(

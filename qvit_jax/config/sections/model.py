@@ -71,17 +71,22 @@ FIELDS = (
   ),
   Field(
     'model.pool', 'token',
-    one_of('token', 'mean', 'patch_mean', 'token_mean', 'attention'),
+    one_of(
+      'token', 'mean', 'patch_mean', 'token_mean', 'attention',
+      'token_attention',
+    ),
     "What the head sees: 'token' (class token) | 'mean' (of the patches; no "
     "class token) | 'patch_mean' (of the patches, beside a class token, as "
     "MAE) | 'token_mean' (token and mean side by side, as DINOv2) | "
-    "'attention' (a learned token asks the patches, no class token, SigLIP).",
+    "'attention' (a learned token asks the patches, no class token, SigLIP) | "
+    "'token_attention' (a learned token asks all tokens, beside a class token: "
+    'an attentive probe).',
     of_family=True,
   ),
   Field(
     'model.norm_after_pool', False, BOOL,
     "The last norm stands behind the pooling (MAE's fc_norm); not with "
-    "'token_mean' or 'attention'.",
+    "'token_mean', 'attention' or 'token_attention'.",
     of_family=True,
   ),
   Field(

@@ -135,7 +135,9 @@ FIELDS = (
   Field(
     'train.trainable', ('auto',), strings(),
     "Collections that get gradients, or parts of them such as 'params/head'; "
-    "('auto',): what the recipe learns, or adapters and the head.",
+    "('auto',): what the recipe learns, or adapters and the head. Where they "
+    'lie behind the pooling, and nothing changes features, these are computed '
+    'once; else a line says why not.',
   ),
   Field(
     'train.stages', (), STAGES,
