@@ -142,6 +142,20 @@ def check_arrays(
     )
 
 
+def check_fresh(report: weights.Report, config: Any) -> None:
+  """Raises WeightsError where what starts fresh would stay as it is drawn."""
+  fresh = [f'params/{name}' for name in report.reinitialised]
+  starts = tuple(f'{name}/' for name in config.train.trainable)
+  still = [n for n in fresh if not f'{n}/'.startswith(starts)]
+  if still:
+    parts = dict.fromkeys('/'.join(name.split('/')[:2]) for name in still)
+    raise WeightsError(
+      f'weights {report.source} bring no {still[0].removeprefix("params/")}, '
+      f'which train.trainable={tuple(config.train.trainable)} would leave '
+      f'random; add {", ".join(map(repr, parts))} to it or give other weights'
+    )
+
+
 def compare_facts(report: weights.Report, config: Any) -> list[str]:
   """Returns a note for each thing that no tensor shows and that differs.
 

@@ -52,7 +52,7 @@ class Features:
   Attributes:
     cut: Where it passes.
     shape: Of one image's features.
-    dtype: As the layers behind the cut read them, but never wider.
+    dtype: As they pass it.
     count: Images of the training split.
   """
 

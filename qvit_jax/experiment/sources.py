@@ -286,25 +286,11 @@ def _imported_weights(
     taken, report, config, experiment.data.class_names, must_agree=must_agree
   )
   if not must_agree:
-    _check_fresh(report, config)
+    checks.check_fresh(report, config)
   if jax.process_index() == 0:
     files.write_json(workdir / 'weights.json', report.to_json())
   imported = {weights.full_path(name): x for name, x in taken.items()}
   return imported, report.lines()
-
-
-def _check_fresh(report: weights.Report, config: Any) -> None:
-  """Raises WeightsError where what starts fresh would stay as it is drawn."""
-  fresh = [f'params/{name}' for name in report.reinitialised]
-  starts = tuple(f'{name}/' for name in config.train.trainable)
-  still = [n for n in fresh if not f'{n}/'.startswith(starts)]
-  if still:
-    parts = dict.fromkeys('/'.join(name.split('/')[:2]) for name in still)
-    raise WeightsError(
-      f'weights {report.source} bring no {still[0].removeprefix("params/")}, '
-      f'which train.trainable={tuple(config.train.trainable)} would leave '
-      f'random; add {", ".join(map(repr, parts))} to it or give other weights'
-    )
 
 
 def _trained_adapters(config: Any, workdir: pathlib.Path) -> runs.Run:

@@ -49,7 +49,7 @@ for tree in (state.variables, state.opt_state[0].mu):
 """
 RUNS = {  # of others: slow
   'none': {'quant.recipe': 'none'},
-  'probe': {'train.trainable': ['params/head'], 'optim.lr': 0.1},
+  'probe': {'train.trainable': ['params/head'], 'optim.lr': 0.003},
 }
 MESHES = {
   'data4_fsdp2': {'mesh.data': 4, 'mesh.fsdp': 2, 'mesh.fsdp_min_mib': 1 / 64},
@@ -114,6 +114,11 @@ def test_eight_devices_give_the_losses_of_one(
   assert len(expected) == 5
   assert expected[-1] < expected[0]  # it learns: equality is no accident
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_features_are_computed_once_on_eight_devices(eight_devices):
+  printed = eight_devices[1].count('images are computed once, before head: ')
+  assert printed == len(MESHES)
 
 
 @pytest.mark.slow
