@@ -10,6 +10,7 @@ from qvit_jax import tree
 from qvit_jax.config import listing
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
+from qvit_jax.experiment import auto
 from qvit_jax.experiment.model import Model
 from qvit_jax.modes import MODES, runner
 from tests.conftest import notes_of
@@ -251,6 +252,9 @@ def test_a_field_that_moved_names_its_new_place(config, old, new):
 def test_every_config_is_legal_and_builds(name):
   config = load(name)
   assert validate(config) == []
+  if config.model.size == auto.SIZE:
+    config.weights.path = str(ROOT / 'tests/fixtures/hf_vit')
+    config, _ = auto.filled(config, '', trains=False, reads_data=False)
   model = Model(config)  # shapes only
   names = tree.flatten(model.float_shapes['params'])
   kernels = [name for name in names if name.endswith('kernel')]
