@@ -172,7 +172,7 @@ def resolve(
       together, or one that somebody set would have no effect.
   """
   overrides = list(overrides)
-  _check_fields(flatten(config), context)
+  check_fields(config, context)
   paths = {
     name: expand(value)
     for name, value in flatten(config).items()
@@ -186,8 +186,9 @@ def resolve(
   return resolved, notes
 
 
-def _check_fields(flat: dict[str, Any], context: Context) -> None:
+def check_fields(config: Any, context: Context) -> None:
   """Raises ConfigError where a field is missing, unknown or illegal."""
+  flat = flatten(config)
   for name in FIELDS:
     if name not in flat:
       raise ConfigError(

@@ -13,7 +13,7 @@ from qvit_jax import data, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import sources
-from qvit_jax.store import runs
+from qvit_jax.store import adapters, runs
 from qvit_jax.weights import Told
 
 SIZE = 'auto'
@@ -107,11 +107,17 @@ def _told(
   )
   place = pathlib.Path(config_lib.expand(workdir))
   has_own = bool(workdir) and runs.has_steps(place)
-  if has_own and (trains or not config.checkpoint.path):
+  if has_own and trains:
     return *_of_run(runs.open_run(place)), True
-  source = sources.find_start(config)
-  if source.kind == 'scratch' and config.lora.path:
-    return *_of_run(runs.open_adapter(pathlib.Path(config.lora.path))), True
+  # What is looked at comes from where `sources` finds it; the base of adapters
+  # may have had other classes than they.
+  there = has_own or adapters.path_of(config, place).is_file()
+  if config.lora.rank and not trains and there:
+    return *_of_run(sources.trained_adapters(config, place)), True
+  if (has_own or config.checkpoint.path) and not (config.lora.rank or trains):
+    source = sources.find(config, place)
+  else:
+    source = sources.find_start(config)
   if source.kind == 'scratch':
     raise ConfigError(
       "model.size='auto' is the model of weights or of a run, but none is "

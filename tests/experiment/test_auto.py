@@ -6,12 +6,14 @@ import shutil
 import pytest
 
 from configs import vit_finetune
+from qvit_jax import modes
 from qvit_jax.config import resolve
 from qvit_jax.errors import ConfigError, WeightsError
 from qvit_jax.experiment import auto
 from qvit_jax.models import architecture
 from qvit_jax.store.tensors import save_tensors
 from qvit_jax.weights import open_source
+from tests.conftest import make_digits_config
 from tests.weights.test_towers import TOWERS
 from tests.weights.test_weights import FIXTURES, LAYOUTS, make_config
 
@@ -142,6 +144,43 @@ def test_images_of_another_size_and_fresh_poolings_are_the_pages_choice():
 def test_auto_needs_a_vision_transformer_to_look_at(fields, error, part):
   with pytest.raises(error, match=part):
     fill(BARE, **fields)
+
+
+def test_fields_are_checked_before_they_are_compared(tmp_path):
+  config = vit_finetune.get_config()
+  config.weights.path = str(FIXTURES / 'hf_vit')
+  with config.unlocked():
+    config.model.hedas = 3
+  with pytest.raises(ConfigError, match=r'unknown field model\.hedas'):
+    modes.run('eval', config, str(tmp_path))
+
+
+def test_what_is_looked_at_is_what_eval_would_restore(tmp_path):
+  """A page's weights give way to a run that a flag names."""
+  modes.run('train', make_digits_config(), str(tmp_path))
+  both = {'checkpoint__path': str(tmp_path)}
+  config, lines = fill(FIXTURES / 'hf_vit', **both)
+  assert config.model.width == 16
+  assert lines[0] == f'the model of step 6 of {tmp_path}'
+  with pytest.raises(ConfigError, match='are both set'):
+    fill(FIXTURES / 'hf_vit', trains=True, **both)
+
+
+def test_adapters_tell_the_model_and_their_own_classes(tmp_path):
+  base = FIXTURES / 'hf_vit'  # of 5 classes
+  adapted = {'lora__rank': 2, 'lora__targets': ('all',)}
+  config, _ = fill(base, trains=True, **adapted)
+  fields = {'train.epochs': 1.0, 'train.batch_size': 720, 'data.flip': False}
+  config = resolve.with_fields(config, fields)
+  modes.run('train', config, str(tmp_path))
+  adapted['lora__path'] = str(tmp_path / 'adapters')
+  for path in (base, ''):
+    config, lines = fill(path, **adapted)
+    assert lines[0].startswith('the model of adapter adapter of ')
+    assert config.model.num_classes == 10
+    assert config.model.width == 24
+  with pytest.raises(ConfigError, match='none is named'):
+    fill('', trains=True, **adapted)  # there it is where they are written
 
 
 def test_a_training_goes_on_and_is_evaluated_by_its_workdir_alone(
