@@ -20,6 +20,10 @@ SIZE = 'auto'
 # Fields that it reads, whatever a mode reads of them.
 READ = ('checkpoint.path', 'weights.path', 'lora.path')
 _FAMILY = 'vit'
+# What runs leave out where it is at its default; see `models.architecture`.
+_LEFT_OUT = (
+  'activation', 'position', 'last_norm', 'norm_after_pool', 'pre_norm',
+)  # fmt: skip
 
 
 def filled(
@@ -148,9 +152,10 @@ def _of_run(run: runs.Run) -> tuple[str, dict[str, Told]]:
       f'is one of {run.architecture["name"]!r}; set --config.model.name= and '
       '--config.model.size= to its own'
     )
-  model = (run.config or {}).get('model', {})
-  if facts['layer_scale']:
-    facts['layer_scale'] = model.get('layer_scale', 1e-5)
+  for name in _LEFT_OUT:
+    facts.setdefault(name, config_lib.FIELDS[f'model.{name}'].default)
+  model, scaled = (run.config or {}).get('model', {}), facts['layer_scale']
+  facts['layer_scale'] = model.get('layer_scale', 1e-5) if scaled else 0.0
   told = {f'model.{name}': value for name, value in facts.items()}
   for name, value in (run.preprocessing or {}).items():
     if name != 'image_size':

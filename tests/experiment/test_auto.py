@@ -146,6 +146,12 @@ def test_auto_needs_a_vision_transformer_to_look_at(fields, error, part):
     fill(BARE, **fields)
 
 
+def test_an_epsilon_that_is_only_usual_gives_way():
+  config, lines = fill(BARE, model__heads=3, model__norm_eps=1e-5)
+  assert config.model.norm_eps == 1e-5
+  assert 'model.norm_eps=1e-05: of the config; 1e-06 by usual of timm' in lines
+
+
 def test_fields_are_checked_before_they_are_compared(tmp_path):
   config = vit_finetune.get_config()
   config.weights.path = str(FIXTURES / 'hf_vit')
@@ -164,6 +170,13 @@ def test_what_is_looked_at_is_what_eval_would_restore(tmp_path):
   assert lines[0] == f'the model of step 6 of {tmp_path}'
   with pytest.raises(ConfigError, match='are both set'):
     fill(FIXTURES / 'hf_vit', trains=True, **both)
+  # A run says too what it leaves out because it is at its default.
+  with pytest.raises(ConfigError, match=r'says gelu \(its config\)'):
+    fill(tmp_path, model__activation='quick_gelu')
+  config = make_digits_config()
+  config.model.activation, config.weights.path = 'quick_gelu', str(tmp_path)
+  with pytest.raises(WeightsError, match="are of a model with activation 'gel"):
+    modes.run('train', config, str(tmp_path / 'other'))
 
 
 def test_adapters_tell_the_model_and_their_own_classes(tmp_path):
