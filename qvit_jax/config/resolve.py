@@ -152,6 +152,16 @@ def expand(path: Any) -> Any:
   return os.path.expanduser(path) if isinstance(path, str) else path
 
 
+def expanded(config: Any) -> ml_collections.FrozenConfigDict:
+  """Returns a config of known fields with all its paths as of `expand`."""
+  paths = {
+    name: expand(value)
+    for name, value in flatten(config).items()
+    if FIELDS[name].is_path
+  }
+  return with_fields(config, paths)
+
+
 def resolve(
   config: Any,
   context: Context,
@@ -173,14 +183,10 @@ def resolve(
   """
   overrides = list(overrides)
   check_fields(config, context)
-  paths = {
-    name: expand(value)
-    for name, value in flatten(config).items()
-    if FIELDS[name].is_path
-  }
+  resolved = expanded(config)
   if 'weights.path' in overrides and 'weights.required' not in overrides:
-    paths['weights.required'] = True  # who names weights wants these
-  resolved = with_fields(config, paths)
+    # Who names weights wants these.
+    resolved = with_fields(resolved, {'weights.required': True})
   checks.check(resolved, context)
   notes = _inert(resolved, context, overrides, config if page is None else page)
   return resolved, notes

@@ -37,7 +37,7 @@ def filled(
   """Returns a config whose model is that of its weights or run, and lines.
 
   Args:
-    config: With `model.size='auto'`; it stays as it is.
+    config: With `model.size='auto'` and legal fields; it stays as it is.
     workdir: Of the run; '' for none.
     trains: Whether the mode trains, so that a workdir's own run goes on and
       the data decides how many classes there are.
@@ -53,6 +53,7 @@ def filled(
       f"model.size='auto' reads files of vision transformers, but model.name="
       f'{config.model.name!r}; set --config.model.size= to one of its sizes'
     )
+  config = config_lib.expanded(config)
   origin, told, is_whole = _told(config, workdir, trains)
   given = {
     name: value
@@ -105,10 +106,6 @@ def _told(
 
   A training may give a file another head, but goes on with a run as it is.
   """
-  flat = config_lib.flatten(config)
-  config = config_lib.with_fields(
-    config, {name: config_lib.expand(flat[name]) for name in READ}
-  )
   place = pathlib.Path(config_lib.expand(workdir))
   has_own = bool(workdir) and runs.has_steps(place)
   if has_own and trains:
@@ -195,6 +192,9 @@ def _untold(
     elif reads_data:
       count = max(2, data.count_classes(config))
       yield 'model.num_classes', count, 'classes of the data set'
+    else:
+      count = config.model.num_classes
+      yield 'model.num_classes', count, 'of the config, nothing tells it'
 
 
 def _is_same(here: Any, there: Any) -> bool:

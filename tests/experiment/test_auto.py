@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from configs import vit_finetune
 from qvit_jax import modes
@@ -94,6 +95,18 @@ def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
   assert "architecture='vit_tiny_patch4_16' of config.json" in '\n'.join(lines)
 
 
+def test_classes_are_counted_in_the_home_folder_too(tmp_path, monkeypatch):
+  for name in ('train/a', 'train/b', 'train/c', 'test/a'):
+    path = tmp_path / 'set' / name / '1.png'
+    path.parent.mkdir(parents=True)
+    Image.new('RGB', (8, 8)).save(path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  shutil.copytree(FIXTURES / 'hf_vit', tmp_path / 'vit')
+  fields = {'data__source': 'folder', 'data__dir': '~/set'}
+  config, _ = fill('~/vit', trains=True, **fields)
+  assert config.model.num_classes == 3
+
+
 def test_what_nothing_tells_is_asked_for():
   with pytest.raises(ConfigError, match=r'attention heads.*model\.heads=') as e:
     fill(BARE)
@@ -126,8 +139,9 @@ def test_images_of_another_size_and_fresh_poolings_are_the_pages_choice():
   assert 'model.image_size=32: of the config; 16 by config.json' in lines
   path = FIXTURES / 'hf_siglip_model'  # has no head
   for pool in ('token_attention', 'mean'):
-    config, _ = fill(path, model__pool=pool)
+    config, lines = fill(path, model__pool=pool)
     assert config.model.pool == pool
+    assert lines[-1].startswith('model.num_classes=1000: of the config')
   path = FIXTURES / 'hf_clip'  # has one, of the mean of its patches
   with pytest.raises(ConfigError, match=r'says patch_mean \(config\.json\)'):
     fill(path, model__pool='token')
