@@ -186,6 +186,10 @@ def _untold(
     if 'model.image_size' not in given:
       size = max(1, size // patch) * patch
     yield 'model.image_size', size, 'of the config, nothing tells it'
+  for name in ('data.mean', 'data.std', 'data.resize'):
+    if name not in told:
+      value = config_lib.flatten(config)[name]
+      yield name, value, 'of the config, nothing tells it'
   if 'model.num_classes' not in fields:
     if 'model.num_classes' in given:
       yield 'model.num_classes', given['model.num_classes'], 'of the config'

@@ -113,6 +113,15 @@ def test_what_nothing_tells_is_asked_for():
   assert 'divides the width 24' in str(e.value)
 
 
+def test_how_images_are_taken_where_nothing_tells_it_is_a_line():
+  _, lines = fill(BARE, model__heads=3)
+  assert lines[-3:] == [
+    'data.mean=(0.485, 0.456, 0.406): of the config, nothing tells it',
+    'data.std=(0.229, 0.224, 0.225): of the config, nothing tells it',
+    'data.resize=bicubic: of the config, nothing tells it',
+  ]
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'there'),
   [
