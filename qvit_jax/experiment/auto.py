@@ -12,7 +12,7 @@ from typing import Any
 from qvit_jax import data, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import sources
+from qvit_jax.experiment import checks, sources
 from qvit_jax.store import adapters, runs
 from qvit_jax.weights import Told
 
@@ -203,11 +203,8 @@ def _untold(
 
 def _is_same(here: Any, there: Any) -> bool:
   """Returns whether two values of a field mean the same."""
-  if isinstance(there, (tuple, list)) and isinstance(here, (tuple, list)):
-    # A page may round them: a tenth of a step of 8 bits is nothing.
-    return len(here) == len(there) and all(
-      abs(a - b) <= 4e-4 for a, b in zip(here, there, strict=True)
-    )
+  if isinstance(there, (tuple, list)):
+    return checks.same_channels(there, here)
   if isinstance(there, float) or isinstance(here, float):
     return math.isclose(here, there, rel_tol=1e-6)
   return here == there
