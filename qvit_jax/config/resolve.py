@@ -152,6 +152,16 @@ def expand(path: Any) -> Any:
   return os.path.expanduser(path) if isinstance(path, str) else path
 
 
+def expanded(config: Any) -> ml_collections.FrozenConfigDict:
+  """Returns a config of known fields with all its paths as of `expand`."""
+  paths = {
+    name: expand(value)
+    for name, value in flatten(config).items()
+    if FIELDS[name].is_path
+  }
+  return with_fields(config, paths)
+
+
 def resolve(
   config: Any,
   context: Context,
@@ -172,22 +182,19 @@ def resolve(
       together, or one that somebody set would have no effect.
   """
   overrides = list(overrides)
-  _check_fields(flatten(config), context)
-  paths = {
-    name: expand(value)
-    for name, value in flatten(config).items()
-    if FIELDS[name].is_path
-  }
+  check_fields(config, context)
+  resolved = expanded(config)
   if 'weights.path' in overrides and 'weights.required' not in overrides:
-    paths['weights.required'] = True  # who names weights wants these
-  resolved = with_fields(config, paths)
+    # Who names weights wants these.
+    resolved = with_fields(resolved, {'weights.required': True})
   checks.check(resolved, context)
   notes = _inert(resolved, context, overrides, config if page is None else page)
   return resolved, notes
 
 
-def _check_fields(flat: dict[str, Any], context: Context) -> None:
+def check_fields(config: Any, context: Context) -> None:
   """Raises ConfigError where a field is missing, unknown or illegal."""
+  flat = flatten(config)
   for name in FIELDS:
     if name not in flat:
       raise ConfigError(

@@ -12,14 +12,18 @@ from typing import Any
 from qvit_jax import data, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import sources
-from qvit_jax.store import runs
+from qvit_jax.experiment import checks, sources
+from qvit_jax.store import adapters, runs
 from qvit_jax.weights import Told
 
 SIZE = 'auto'
 # Fields that it reads, whatever a mode reads of them.
 READ = ('checkpoint.path', 'weights.path', 'lora.path')
 _FAMILY = 'vit'
+# What runs leave out where it is at its default; see `models.architecture`.
+_LEFT_OUT = (
+  'activation', 'position', 'last_norm', 'norm_after_pool', 'pre_norm',
+)  # fmt: skip
 
 
 def filled(
@@ -33,7 +37,7 @@ def filled(
   """Returns a config whose model is that of its weights or run, and lines.
 
   Args:
-    config: With `model.size='auto'`; it stays as it is.
+    config: With `model.size='auto'` and legal fields; it stays as it is.
     workdir: Of the run; '' for none.
     trains: Whether the mode trains, so that a workdir's own run goes on and
       the data decides how many classes there are.
@@ -49,6 +53,7 @@ def filled(
       f"model.size='auto' reads files of vision transformers, but model.name="
       f'{config.model.name!r}; set --config.model.size= to one of its sizes'
     )
+  config = config_lib.expanded(config)
   origin, told, is_whole = _told(config, workdir, trains)
   given = {
     name: value
@@ -101,17 +106,19 @@ def _told(
 
   A training may give a file another head, but goes on with a run as it is.
   """
-  flat = config_lib.flatten(config)
-  config = config_lib.with_fields(
-    config, {name: config_lib.expand(flat[name]) for name in READ}
-  )
   place = pathlib.Path(config_lib.expand(workdir))
   has_own = bool(workdir) and runs.has_steps(place)
-  if has_own and (trains or not config.checkpoint.path):
+  if has_own and trains:
     return *_of_run(runs.open_run(place)), True
-  source = sources.find_start(config)
-  if source.kind == 'scratch' and config.lora.path:
-    return *_of_run(runs.open_adapter(pathlib.Path(config.lora.path))), True
+  # What is looked at comes from where `sources` finds it; the base of adapters
+  # may have had other classes than they.
+  there = has_own or adapters.path_of(config, place).is_file()
+  if config.lora.rank and not trains and there:
+    return *_of_run(sources.trained_adapters(config, place)), True
+  if (has_own or config.checkpoint.path) and not (config.lora.rank or trains):
+    source = sources.find(config, place)
+  else:
+    source = sources.find_start(config)
   if source.kind == 'scratch':
     raise ConfigError(
       "model.size='auto' is the model of weights or of a run, but none is "
@@ -142,9 +149,10 @@ def _of_run(run: runs.Run) -> tuple[str, dict[str, Told]]:
       f'is one of {run.architecture["name"]!r}; set --config.model.name= and '
       '--config.model.size= to its own'
     )
-  model = (run.config or {}).get('model', {})
-  if facts['layer_scale']:
-    facts['layer_scale'] = model.get('layer_scale', 1e-5)
+  for name in _LEFT_OUT:
+    facts.setdefault(name, config_lib.FIELDS[f'model.{name}'].default)
+  model, scaled = (run.config or {}).get('model', {}), facts['layer_scale']
+  facts['layer_scale'] = model.get('layer_scale', 1e-5) if scaled else 0.0
   told = {f'model.{name}': value for name, value in facts.items()}
   for name, value in (run.preprocessing or {}).items():
     if name != 'image_size':
@@ -178,21 +186,25 @@ def _untold(
     if 'model.image_size' not in given:
       size = max(1, size // patch) * patch
     yield 'model.image_size', size, 'of the config, nothing tells it'
+  for name in ('data.mean', 'data.std', 'data.resize'):
+    if name not in told:
+      value = config_lib.flatten(config)[name]
+      yield name, value, 'of the config, nothing tells it'
   if 'model.num_classes' not in fields:
     if 'model.num_classes' in given:
       yield 'model.num_classes', given['model.num_classes'], 'of the config'
     elif reads_data:
       count = max(2, data.count_classes(config))
       yield 'model.num_classes', count, 'classes of the data set'
+    else:
+      count = config.model.num_classes
+      yield 'model.num_classes', count, 'of the config, nothing tells it'
 
 
 def _is_same(here: Any, there: Any) -> bool:
   """Returns whether two values of a field mean the same."""
-  if isinstance(there, (tuple, list)) and isinstance(here, (tuple, list)):
-    # A page may round them: a tenth of a step of 8 bits is nothing.
-    return len(here) == len(there) and all(
-      abs(a - b) <= 4e-4 for a, b in zip(here, there, strict=True)
-    )
+  if isinstance(there, (tuple, list)):
+    return checks.same_channels(there, here)
   if isinstance(there, float) or isinstance(here, float):
     return math.isclose(here, there, rel_tol=1e-6)
   return here == there

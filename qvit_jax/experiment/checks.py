@@ -166,13 +166,20 @@ def compare_facts(report: weights.Report, config: Any) -> list[str]:
   _check_padding(report, config)
   for name in ('mean', 'std'):
     there, here = facts.get(name), list(config.data[name])
-    # A page may round them: a tenth of a step of 8 bits is nothing.
-    if there is not None and not np.allclose(there, here, rtol=0, atol=4e-4):
+    if there is not None and not same_channels(there, here):
       notes.append(f'images had data.{name}={there} there, {here} here')
   there, here = facts.get('resize'), config.data.resize
   if there is not None and there != here:
     notes.append(f'images were resized by {there} there, {here} here')
   return notes
+
+
+def same_channels(there: Sequence[float], here: Sequence[float]) -> bool:
+  """Returns whether two means, or deviations, of channels are the same.
+
+  A page may round them: a tenth of a step of 8 bits is nothing.
+  """
+  return len(there) == len(here) and np.allclose(there, here, rtol=0, atol=4e-4)
 
 
 def _check_padding(report: weights.Report, config: Any) -> None:

@@ -125,7 +125,7 @@ def class_names(config: Any, workdir: pathlib.Path) -> tuple[list[str], str]:
   """
   source = find(config, workdir)
   if config.lora.rank:  # the source is their base's
-    names = _trained_adapters(config, workdir).class_names
+    names = trained_adapters(config, workdir).class_names
   elif source.kind != 'weights':
     names = runs.open_run(source.path).class_names
   else:
@@ -293,7 +293,7 @@ def _imported_weights(
   return imported, report.lines()
 
 
-def _trained_adapters(config: Any, workdir: pathlib.Path) -> runs.Run:
+def trained_adapters(config: Any, workdir: pathlib.Path) -> runs.Run:
   """Returns the adapters that the config asks for: the own run's, or a file's.
 
   Raises:
@@ -316,7 +316,7 @@ def adapted(
     CheckpointError: There are none, or they are of another model, of other
       classes or of another base.
   """
-  run = _trained_adapters(experiment.config, workdir)
+  run = trained_adapters(experiment.config, workdir)
   if run.kind == 'run':
     variables, place = trained(experiment, run), workdir
     lines = [f'{run.origin}, digests verified']

@@ -41,6 +41,7 @@ def run(
   context = context_of(mode, config)
   overrides = list(overrides)
   if config_lib.flatten(config).get('model.size') == auto.SIZE:
+    config_lib.check_fields(config, context)  # before they are compared
     if workdir:
       processes.join()  # it may ask JAX for its devices
     config, lines = auto.filled(

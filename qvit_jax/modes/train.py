@@ -15,7 +15,7 @@ from qvit_jax.modes import MODES, session
 from qvit_jax.modes.session import say
 from qvit_jax.store import adapters, files, runs
 from qvit_jax.store.checkpoint import Checkpoints
-from qvit_jax.training import loop
+from qvit_jax.training import ends, loop
 from qvit_jax.training.console import Console
 from qvit_jax.training.writers import Writers, open_writers
 
@@ -91,7 +91,9 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
   else:
     writers = Writers([])
   source = None  # where no step is left to do
-  if done < total:
+  # An evaluation that is still to be made up for may be a new best.
+  stale = progress.stale if progress.evaluated_step == done else 0
+  if not ends.why_over(config.train, done=done, total=total, stale=stale):
     source = session.train_source(experiment, state.variables)
 
   def make_step(number, state, batch):

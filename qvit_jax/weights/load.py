@@ -159,8 +159,11 @@ def _own_source(path: str) -> Source:
     for name, x in values.items()
   }
   known = run.architecture
-  told = ('heads', 'norm_eps', 'image_size', 'padding')
+  told = ('heads', 'norm_eps', 'image_size', 'pool', 'padding')
   facts = {name: known[name] for name in told if name in known}
+  if 'heads' in known:  # of which runs leave out what is usual
+    facts['activation'] = known.get('activation', 'gelu')
+    facts['position'] = known.get('position', 'learned')
   if run.class_names:
     facts['class_names'] = run.class_names
   return Source(entries, run.origin, facts)

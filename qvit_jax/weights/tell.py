@@ -118,6 +118,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     WeightsError: Shapes are not those of such a model.
   """
   names = unneeded.with_packed(source, names)
+  is_usual = 'norm_eps' not in source.facts
   complete_facts(source, names)
   facts, places, ours = source.facts, source.places, names.ours
   stem = stem_shape(source, ours)
@@ -176,7 +177,8 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     told['model.position'] = Told('rope', place)
   for name in ('norm_eps', 'heads', 'position'):
     if name in facts:
-      told[f'model.{name}'] = Told(facts[name], places[name])
+      is_sure = name != 'norm_eps' or not is_usual
+      told[f'model.{name}'] = Told(facts[name], places[name], is_sure)
   for name in ('mean', 'std', 'resize'):
     if name in facts and (name != 'resize' or facts[name] in _RESIZES):
       value = facts[name]

@@ -193,6 +193,12 @@ def test_why_they_are_computed_anew_is_one_line(fields, reason):
   assert '\n' not in line
 
 
+def test_every_field_that_changes_images_is_asked_for():
+  assert {f'data.{name}' for name in features._AUGMENTS} == {
+    name for name in modes._AUGMENTED if name.startswith('data.')
+  }
+
+
 def test_what_draws_at_random_is_passed_by_an_earlier_cut():
   """Between VGG's hidden layers: the head's cut lies behind, fc1's before."""
   shape = (7 * 7 * 8,)

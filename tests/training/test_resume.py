@@ -214,15 +214,17 @@ def test_early_stopping_survives_a_restart(tmp_path, capsys):
   config = make_digits_config()
   # With this rate nothing is learned: the first evaluation stays the best.
   config.optim.lr = 1e-12
-  config.train.update(steps=30, patience=2)
+  config.train.update(steps=30, patience=2, trainable=('params/head',))
   config.eval.every = 2
   modes.run('train', config, str(tmp_path))
-  assert 'stopped early at step 6' in capsys.readouterr().out
+  first = capsys.readouterr().out
+  assert 'stopped early at step 6' in first and 'features  of 1,437' in first
   before = end_state(tmp_path)
   modes.run('train', config, str(tmp_path))
   again = capsys.readouterr().out
   assert 'stopped early at step 6: no better top1 in 2 evaluations' in again
   assert 'nothing is trained. To go on, set --config.train.patience=3' in again
+  assert 'features' not in again
   assert end_state(tmp_path) == before
   assert rows(tmp_path, 'eval')[-1]['step'] == 6
   config.train.patience = 3  # as it says
