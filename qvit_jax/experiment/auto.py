@@ -145,6 +145,8 @@ def _of_run(run: runs.Run) -> tuple[str, dict[str, Told]]:
   model = (run.config or {}).get('model', {})
   if facts['layer_scale']:
     facts['layer_scale'] = model.get('layer_scale', 1e-5)
+  else:
+    facts['layer_scale'] = 0.0
   told = {f'model.{name}': value for name, value in facts.items()}
   for name, value in (run.preprocessing or {}).items():
     if name != 'image_size':
@@ -178,6 +180,10 @@ def _untold(
     if 'model.image_size' not in given:
       size = max(1, size // patch) * patch
     yield 'model.image_size', size, 'of the config, nothing tells it'
+  for name in ('data.mean', 'data.std'):
+    if name not in told:
+      value = config_lib.flatten(config)[name]
+      yield name, value, 'of the config, nothing tells it'
   if 'model.num_classes' not in fields:
     if 'model.num_classes' in given:
       yield 'model.num_classes', given['model.num_classes'], 'of the config'

@@ -92,6 +92,78 @@ def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
   assert "architecture='vit_tiny_patch4_16' of config.json" in '\n'.join(lines)
 
 
+def test_heads_of_an_architecture_are_not_those_of_another_width(tmp_path):
+  said = {
+    'architecture': 'vit_small_patch16_224', 'model_args': {'embed_dim': 24},
+  }  # fmt: skip
+  with pytest.raises(ConfigError, match='does not tell its attention heads'):
+    fill(with_config(tmp_path, **said))
+
+
+@pytest.mark.parametrize(
+  ('said', 'part'),
+  [
+    ({'num_attention_heads': 5}, '5 attention heads, which do not divide'),
+    ({'hidden_size': 48}, 'a width of 48, but its tensors have 24'),
+    ({'num_hidden_layers': 12}, 'a depth of 12, but its tensors have 2'),
+  ],
+)
+def test_a_config_of_other_weights_is_refused(said, part, tmp_path):
+  said = {'num_attention_heads': 3, **said}
+  with pytest.raises(WeightsError, match=f'config.json says {part}.* or none'):
+    fill(with_config(tmp_path, **said))
+
+
+def test_a_file_without_blocks_is_no_model_of_depth_0(tmp_path):
+  tensors = {
+    name if name.startswith('blocks.') else f'net.{name}': entry.read()
+    for name, entry in open_source(BARE).entries.items()
+  }
+  path = tmp_path / 'x.safetensors'
+  save_tensors(tensors, path, form='safetensors')
+  with pytest.raises(WeightsError, match='no block of the timm layout'):
+    fill(path, model__heads=3)
+
+
+def test_what_is_assumed_of_a_bare_file_is_said_and_the_pages_choice(tmp_path):
+  _, lines = fill(BARE, model__heads=3)
+  assert 'model.pool=token: assumed, there is cls_token' in lines
+  untold = 'data.mean=(0.485, 0.456, 0.406): of the config, nothing tells it'
+  assert untold in lines
+  config, _ = fill(BARE, model__heads=3, model__pool='patch_mean')
+  assert config.model.pool == 'patch_mean'
+  tensors = {
+    name.replace('norm.', 'fc_norm.') if name.startswith('norm.') else name:
+    entry.read() for name, entry in open_source(BARE).entries.items()
+  }  # fmt: skip
+  path = tmp_path / 'x.safetensors'
+  save_tensors(tensors, path, form='safetensors')
+  _, lines = fill(path, model__heads=3)
+  assert 'model.pool=patch_mean: assumed behind fc_norm.weight' in lines
+  config, _ = fill(path, model__heads=3, model__pool='token')
+  assert config.model.pool == 'token'
+
+
+def test_a_siglip_may_lack_its_pooling(tmp_path):
+  path = tmp_path / 'w'
+  shutil.copytree(FIXTURES / 'hf_siglip_model', path)
+  said = json.loads((path / 'config.json').read_text())
+  said['vision_config']['vision_use_head'] = False
+  (path / 'config.json').write_text(json.dumps(said))
+  tensors = {
+    name: entry.read() for name, entry in open_source(path).entries.items()
+    if 'vision_model.head.' not in name
+  }  # fmt: skip
+  save_tensors(tensors, path / 'model.safetensors', form='safetensors')
+  config, _ = fill(path)
+  assert config.model.pool == 'mean'
+
+
+def test_an_image_smaller_than_a_patch_is_that_of_the_positions(tmp_path):
+  config, _ = fill(with_config(tmp_path, num_heads=3, image_size=3))
+  assert config.model.image_size == 16
+
+
 def test_what_nothing_tells_is_asked_for():
   with pytest.raises(ConfigError, match=r'attention heads.*model\.heads=') as e:
     fill(BARE)
