@@ -13,7 +13,7 @@ from qvit_jax import data, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import sources
-from qvit_jax.store import runs
+from qvit_jax.store import adapters, runs
 from qvit_jax.weights import Told
 
 SIZE = 'auto'
@@ -55,6 +55,9 @@ def filled(
     for name, value in config_lib.flatten(config).items()
     if name in overrides or value != config_lib.FIELDS[name].default
   }
+  _check_pool(origin, told, given)
+  if reads_data and not trains:
+    _check_classes(config, origin, told)
   fields: dict[str, Any] = {'model.size': ''}
   lines = [f'the model of {origin}']
   for name, one in told.items():
@@ -80,6 +83,36 @@ def filled(
     fields[name] = value
     lines.append(f'{name}={_text(value)}: {place}')
   return config_lib.with_fields(config, fields), lines
+
+
+def _check_pool(
+  origin: str, told: dict[str, Told], given: dict[str, Any]
+) -> None:
+  """Raises ConfigError where a page's pooling asks for what is not there."""
+  pool, there = given.get('model.pool'), told['model.pool'].value
+  if pool == 'token_attention' and there in ('mean', 'attention'):
+    raise ConfigError(
+      f'model.pool={pool} of the config asks a class token too, but {origin} '
+      'has none; set --config.model.pool=attention, or choose other weights'
+    )
+  behind = told.get('model.norm_after_pool')
+  if pool in ('attention', 'token_attention') and behind and behind.value:
+    raise ConfigError(
+      f'model.pool={pool} of the config asks tokens behind a norm, but '
+      f'{origin} has its last norm behind the pooling ({behind.place}); leave '
+      'model.pool out, or choose other weights'
+    )
+
+
+def _check_classes(config: Any, origin: str, told: dict[str, Told]) -> None:
+  """Raises ConfigError where data have more classes than a trained head."""
+  head = told.get('model.num_classes')
+  if head and data.count_classes(config) > head.value:
+    raise ConfigError(
+      f'{origin} has {head.value} classes ({head.place}), but the data set has '
+      f'{data.count_classes(config)}; train on it first (--mode=train), or '
+      'give data of the classes that it knows'
+    )
 
 
 def _is_free(name: str, value: Any, told: dict[str, Told]) -> bool:
@@ -111,7 +144,7 @@ def _told(
     return *_of_run(runs.open_run(place)), True
   source = sources.find_start(config)
   if source.kind == 'scratch' and config.lora.path:
-    return *_of_run(runs.open_adapter(pathlib.Path(config.lora.path))), True
+    return *_of_run(runs.open_adapter(adapters.path_of(config, place))), True
   if source.kind == 'scratch':
     raise ConfigError(
       "model.size='auto' is the model of weights or of a run, but none is "

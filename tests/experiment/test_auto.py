@@ -7,7 +7,7 @@ import pytest
 
 from configs import vit_finetune
 from qvit_jax.config import resolve
-from qvit_jax.errors import ConfigError, WeightsError
+from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import auto
 from qvit_jax.models import architecture
 from qvit_jax.store.tensors import save_tensors
@@ -142,6 +142,8 @@ def test_what_is_assumed_of_a_bare_file_is_said_and_the_pages_choice(tmp_path):
   assert 'model.pool=patch_mean: assumed behind fc_norm.weight' in lines
   config, _ = fill(path, model__heads=3, model__pool='token')
   assert config.model.pool == 'token'
+  with pytest.raises(ConfigError, match=r'last norm behind the pooling \(fc_'):
+    fill(path, model__heads=3, model__pool='token_attention')
 
 
 def test_a_siglip_may_lack_its_pooling(tmp_path):
@@ -195,12 +197,34 @@ def test_images_of_another_size_and_fresh_poolings_are_the_pages_choice():
   assert config.model.image_size == 32
   assert 'model.image_size=32: of the config; 16 by config.json' in lines
   path = FIXTURES / 'hf_siglip_model'  # has no head
-  for pool in ('token_attention', 'mean'):
-    config, _ = fill(path, model__pool=pool)
-    assert config.model.pool == pool
+  config, _ = fill(path, model__pool='mean')
+  assert config.model.pool == 'mean'
+  config, _ = fill(FIXTURES / 'hf_vit', model__pool='token_attention')
+  assert config.model.pool == 'token_attention'
   path = FIXTURES / 'hf_clip'  # has one, of the mean of its patches
   with pytest.raises(ConfigError, match=r'says patch_mean \(config\.json\)'):
     fill(path, model__pool='token')
+
+
+def test_a_pooling_of_the_page_needs_what_it_asks():
+  with pytest.raises(ConfigError, match=r'has none; set --.*pool=attention'):
+    fill(FIXTURES / 'hf_siglip_model', model__pool='token_attention')
+
+
+def test_an_adapter_is_looked_for_where_lora_path_says(tmp_path):
+  given = {'lora__path': str(tmp_path), 'lora__name': 'x', 'lora__rank': 2}
+  with pytest.raises(CheckpointError, match="holds no adapter 'x'"):
+    fill('', **given)
+
+
+def test_data_of_more_classes_than_a_trained_head_are_refused():
+  config = vit_finetune.get_config()
+  config.data.update(source='digits', name='')
+  config.weights.path = str(FIXTURES / 'hf_vit')
+  with pytest.raises(ConfigError, match='has 5 classes .* the data set has 10'):
+    auto.filled(config, '', trains=False, reads_data=True)
+  auto.filled(config, '', trains=False, reads_data=False)
+  auto.filled(config, '', trains=True, reads_data=True)
 
 
 @pytest.mark.parametrize(
