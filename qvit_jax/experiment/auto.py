@@ -60,6 +60,9 @@ def filled(
     for name, value in config_lib.flatten(config).items()
     if name in overrides or value != config_lib.FIELDS[name].default
   }
+  _check_pool(origin, told, given)
+  if reads_data and not trains:
+    _check_classes(config, origin, told)
   fields: dict[str, Any] = {'model.size': ''}
   lines = [f'the model of {origin}']
   for name, one in told.items():
@@ -87,6 +90,36 @@ def filled(
   return config_lib.with_fields(config, fields), lines
 
 
+def _check_pool(
+  origin: str, told: dict[str, Told], given: dict[str, Any]
+) -> None:
+  """Raises ConfigError where a page's pooling asks for what is not there."""
+  pool, there = given.get('model.pool'), told['model.pool'].value
+  if pool == 'token_attention' and there in ('mean', 'attention'):
+    raise ConfigError(
+      f'model.pool={pool} of the config asks a class token too, but {origin} '
+      'has none; set --config.model.pool=attention, or choose other weights'
+    )
+  behind = told.get('model.norm_after_pool')
+  if pool in ('attention', 'token_attention') and behind and behind.value:
+    raise ConfigError(
+      f'model.pool={pool} of the config asks tokens behind a norm, but '
+      f'{origin} has its last norm behind the pooling ({behind.place}); leave '
+      'model.pool out, or choose other weights'
+    )
+
+
+def _check_classes(config: Any, origin: str, told: dict[str, Told]) -> None:
+  """Raises ConfigError where data have more classes than a trained head."""
+  head = told.get('model.num_classes')
+  if head and data.count_classes(config) > head.value:
+    raise ConfigError(
+      f'{origin} has {head.value} classes ({head.place}), but the data set has '
+      f'{data.count_classes(config)}; train on it first (--mode=train), or '
+      'give data of the classes that it knows'
+    )
+
+
 def _is_free(name: str, value: Any, told: dict[str, Told]) -> bool:
   """Returns whether a page may say otherwise than the file.
 
@@ -112,7 +145,8 @@ def _told(
     return *_of_run(runs.open_run(place)), True
   # What is looked at comes from where `sources` finds it; the base of adapters
   # may have had other classes than they.
-  there = has_own or adapters.path_of(config, place).is_file()
+  path = adapters.path_of(config, place)
+  there = has_own or config.lora.path or path.is_file()
   if config.lora.rank and not trains and there:
     return *_of_run(sources.trained_adapters(config, place)), True
   if (has_own or config.checkpoint.path) and not (config.lora.rank or trains):

@@ -60,6 +60,7 @@ class Comparison:
       self.report.unused += self.names.ignored + self.names.pre_logits
       self.report.unused += self.names.outside
       unneeded.check_patch(self)
+      unneeded.check_pool(self)
       unneeded.drop_empty(self)
       unneeded.drop_optional(self)
       self._find_zeros()

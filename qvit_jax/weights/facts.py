@@ -1,7 +1,8 @@
 """What the files beside a file of weights say of the model and its images.
 
-Read are config.json of transformers and of timm, preprocessor_config.json, the
-texts in the header of safetensors and names that a library gives its files.
+Read are config.json of transformers and of timm, preprocessor_config.json or
+processor_config.json, the texts in the header of safetensors and names that a
+library gives its files.
 What nothing here reads, but what changes predictions, becomes a note.
 """
 
@@ -24,13 +25,20 @@ _ACTIVATIONS = {
     'quick_gelu': 'quick_gelu', 'QuickGELU': 'quick_gelu',
     'quickgelu': 'quick_gelu', 'swiglu': 'swiglu',
 }  # fmt: skip
-# Their name -> ours, for numbers.
-_NUMBERS = {
-    'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads',
-    'num_heads': 'heads',
+# Their name -> ours, for whole numbers of at least 1.
+_COUNTS = {
+    'num_attention_heads': 'heads', 'num_heads': 'heads',
+    'hidden_size': 'width', 'embed_dim': 'width',
+    'num_hidden_layers': 'depth', 'depth': 'depth',
 }  # fmt: skip
 _SIDES = {'image_size': 'image_size', 'img_size': 'image_size',
           'patch_size': 'patch'}  # fmt: skip
+# Rotary positions of timm's Eva: those of DINOv3.
+_ROPE = {
+    'rope_type': 'dinov3', 'rope_temperature': 100, 'rope_rotate_half': True,
+    'rope_grid_offset': 0, 'rope_grid_indexing': 'ij', 'use_rot_pos_emb': True,
+}  # fmt: skip
+_POOLS = {'token': 'token', 'avg': 'mean', 'map': 'attention'}
 _DROPOUTS = {
     'hidden_dropout_prob': 'model.dropout',
     'attention_probs_dropout_prob': 'model.attention_dropout',
@@ -44,7 +52,9 @@ _UNREAD = {
     'do_resize': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
     'do_center_crop': False, 'crop_size': None, 'size': None,
 }  # fmt: skip
-_RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic')  # as PIL counts
+# As PIL counts.
+_RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')
+_MOST = 1e9  # above it a number is no fact
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -60,15 +70,16 @@ def read_facts(
   """Returns what is said beside a file, in the words of our fields.
 
   Args:
-    folder: Where config.json and preprocessor_config.json may lie.
+    folder: Where config.json, preprocessor_config.json and
+      processor_config.json may lie.
     path: The weights, for messages.
 
   Returns:
-    Any of `architecture` (timm's name), `norm_eps`, `heads`, `activation`,
-    `image_size` and `patch` (a number, or [height, width] where they differ),
-    `pool` ('token', 'mean', 'patch_mean' or 'attention'), `last_norm`,
-    `position`, `padding`, `batch_norm_eps`, `mean`, `std`, `resize`,
-    `class_names`; where each of them stands; and other lines.
+    Any of `architecture` (timm's name), `norm_eps`, `heads`, `width`, `depth`,
+    `activation`, `image_size` and `patch` (a number, or [height, width] where
+    they differ), `pool` ('token', 'mean', 'patch_mean' or 'attention'),
+    `last_norm`, `position`, `padding`, `batch_norm_eps`, `mean`, `std`,
+    `resize`, `class_names`; where each of them stands; and other lines.
 
   Raises:
     WeightsError: A file is damaged, or names what a model here cannot be.
@@ -95,29 +106,34 @@ def read_facts(
     take(hf_facts.of_class(config), 'config.json')
     take(_activation(path, said, made), 'config.json')
     for part in (timm, said, made):
-      take(_numbers(part), 'config.json')
-      notes += _unread('config.json', part)
+      found, more = _numbers(part)
+      take(found, 'config.json')
+      notes += _unread('config.json', part, more)
     if re.search('_dinov3|_lingbot', name):  # DINOv3's
       take({'position': 'rope'}, 'config.json')
+    _check_rope(path, made)
     for part in (timm, config):  # how it pads
       take(origin.of_name(str(part.get('architecture', ''))), 'config.json')
-    take(_images(timm or config, 'mean', 'std', 'interpolation'), 'config.json')
-    names = {'token': 'token', 'avg': 'mean', 'map': 'attention'}
-    pool = made.get('global_pool', config.get('global_pool'))
-    if isinstance(pool, str) and pool in names:
-      take({'pool': names[pool]}, 'config.json')
-    elif isinstance(pool, str) and pool:
-      notes.append(f'config.json says global_pool={pool!r}, not known here')
+    found, more = _images(timm or config, 'mean', 'std', 'interpolation')
+    take(found, 'config.json')
+    notes += _unread('config.json', {}, more)
+    found, more = _pool(path, config, made)
+    take(found, 'config.json')
+    notes += more
     found, more = _class_names(config, timm)
     take(found, 'config.json')
     notes += more
-  images = _object(folder / 'preprocessor_config.json')
-  if images:
-    place = 'preprocessor_config.json'
-    take(_images(images, 'image_mean', 'image_std', 'resample'), place)
+  place = 'preprocessor_config.json'
+  images = _object(folder / place)
+  if not images:  # transformers 5 writes it into that of images and texts
+    place = 'processor_config.json'
+    images = _object(folder / place).get('image_processor')
+  if images and isinstance(images, dict):
+    found, more = _images(images, 'image_mean', 'image_std', 'resample')
+    take(found, place)
     if images.get('do_normalize') is False:
       take({'mean': [0.0] * 3, 'std': [1.0] * 3}, place)
-    notes += _unread(place, images)
+    notes += _unread(place, images, more)
   return facts, places, [printable(note[:300]) for note in notes]
 
 
@@ -156,22 +172,61 @@ def _activation(
   return facts
 
 
+def _check_rope(path: pathlib.Path, made: dict[str, Any]) -> None:
+  """Refuses rotary positions of timm that are not those of DINOv3."""
+  for name, usual in _ROPE.items():
+    if made.get(name, usual) != usual:
+      refuse(
+        path,
+        f'its config.json says {name}={made[name]!r}; rotary positions with '
+        f'{usual!r} are supported',
+        'choose other weights',
+      )
+
+
+def _pool(
+  path: pathlib.Path, config: dict[str, Any], made: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns {'pool': ours} where timm's config.json tells it, and notes."""
+  theirs = made.get('global_pool', config.get('global_pool'))
+  if made.get('pool_include_prefix') and theirs != 'token':
+    refuse(
+      path,
+      'its config.json says pool_include_prefix='
+      f'{made["pool_include_prefix"]!r}, to pool the tokens before the patches '
+      'too; that is not supported',
+      'choose other weights',
+    )
+  if theirs is None:
+    return {}, []
+  if isinstance(theirs, str) and theirs in _POOLS:
+    return {'pool': _POOLS[theirs]}, []
+  return {}, [f'config.json says global_pool={theirs!r}, not known here']
+
+
 def _is_number(value: Any) -> bool:
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
+  return is_number and -_MOST <= value <= _MOST
 
 
-def _numbers(part: dict[str, Any]) -> dict[str, Any]:
+def _numbers(part: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+  """Returns what a part of a config.json tells, and what is not read."""
   facts: dict[str, Any] = {}
   size = part.get('input_size')  # timm's: channels, height, width
   if isinstance(size, list) and len(size) == 3:
     facts |= _side('image_size', size[1:])
   for theirs, ours in _SIDES.items():
     facts |= _side(ours, part.get(theirs))
-  for theirs, ours in _NUMBERS.items():
-    if _is_number(part.get(theirs)):
-      facts[ours] = part[theirs]
-  return facts
+  for theirs, ours in _COUNTS.items():
+    value = part.get(theirs)
+    if _is_number(value) and value >= 1 and value == int(value):
+      facts[ours] = int(value)
+  value = part.get('layer_norm_eps')
+  if _is_number(value) and value > 0:
+    facts['norm_eps'] = value
+  read = {**_SIDES, **_COUNTS, 'layer_norm_eps': 'norm_eps'}
+  odd = [name for name, ours in read.items() if ours not in facts]
+  return facts, [f'{n}={part[n]!r}' for n in odd if part.get(n) is not None]
 
 
 def _side(name: str, value: Any) -> dict[str, Any]:
@@ -184,31 +239,47 @@ def _side(name: str, value: Any) -> dict[str, Any]:
   return {name: sides[0] if sides[0] == sides[1] else sides}
 
 
-def _images(config: dict[str, Any], *names: str) -> dict[str, Any]:
-  """Returns how images were resized and normalised."""
+def _images(
+  config: dict[str, Any], *names: str
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns how images were resized and normalised, and what is not read."""
   mean, std, resize = names
   facts = {}
   for ours, theirs in (('mean', mean), ('std', std)):
     value = config.get(theirs)
-    if isinstance(value, list) and len(value) == 3 and all(
-      map(_is_number, value)
-    ):  # fmt: skip
+    if (
+      isinstance(value, list)
+      and len(value) == 3
+      and all(map(_is_number, value))
+      and (ours == 'mean' or min(value) > 0)
+    ):
       facts[ours] = value
   how = config.get(resize)
-  if how in range(len(_RESAMPLE)):
+  if _is_number(how) and how in range(len(_RESAMPLE)):
     how = _RESAMPLE[int(how)]
   if isinstance(how, str) and how:
     facts['resize'] = how
-  return facts
+  theirs = dict(zip(('mean', 'std', 'resize'), names, strict=True))
+  odd = [name for ours, name in theirs.items() if ours not in facts]
+  return facts, [f'{n}={config[n]!r}' for n in odd if config.get(n) is not None]
 
 
-def _unread(file: str, part: dict[str, Any]) -> list[str]:
-  """Returns a note on what changes predictions and is read by nothing here."""
+def _unread(
+  file: str, part: dict[str, Any], more: Sequence[str] = ()
+) -> list[str]:
+  """Returns a note on what changes predictions and is read by nothing here.
+
+  Args:
+    file: Where it stands.
+    part: All of it.
+    more: What is read elsewhere, but says nothing that can be.
+  """
   said = [
     f'{name}={part[name]!r}'
     for name, usual in _UNREAD.items()
     if part.get(name) is not None and not _is_same(part[name], usual)
   ]
+  said += more
   notes = []
   if said:
     notes.append(f'not read of {file}: {", ".join(said)}')

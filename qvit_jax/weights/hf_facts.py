@@ -82,4 +82,9 @@ def of_class(config: dict[str, Any]) -> dict[str, Any]:
   names = config.get('architectures')
   name = str(names[0]) if isinstance(names, list) and names else ''
   found = [said for p, said in _CLASSES.items() if re.fullmatch(p, name)]
-  return facts | found[0] if found else facts
+  if found:
+    facts |= found[0]
+  tower = config.get('vision_config', config)
+  if isinstance(tower, dict) and tower.get('vision_use_head') is False:
+    facts.pop('pool', None)  # of a SigLIP without its attention pooling
+  return facts

@@ -63,7 +63,7 @@ def complete_facts(source: Source, names: Names) -> None:
     if len(shape) == 2:  # else refused later
       add('heads', shape[0], f'{bias[1]} {list(shape)}')
   stem = stem_shape(source, ours)
-  if 'architecture' in facts and stem:
+  if 'architecture' in facts and 'width' not in facts and stem:
     count = timm_names.heads(facts['architecture'], stem[-1])
     if count:
       place = f'architecture={facts["architecture"]!r} of config.json'
@@ -139,6 +139,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
   def stands(name: str) -> str:
     return f'{ours[name][1]} {list(shape(name))}'
 
+  unneeded.check_told(source, names, stem[-1])
   told = {
     'model.patch': Told(stem[0], stands(_STEM)),
     'model.width': Told(stem[-1], stands(_STEM)),
@@ -212,7 +213,10 @@ def _pool(source: Source, names: Names, width: int) -> dict[str, Told]:
   facts, ours = source.facts, names.ours
   pool = facts.get('pool')
   if pool is not None:
-    return {'model.pool': Told(pool, source.places['pool'])}
+    place = source.places['pool']
+    if place == ours.get('pool_norm/scale', ('', ''))[1]:
+      return {'model.pool': Told(pool, f'assumed behind {place}', False)}
+    return {'model.pool': Told(pool, place)}
   if _reads_early(names):
     early = names.layout.normless[0]
     return {'model.pool': Told(early, 'assumed of a file with a head', False)}
@@ -223,7 +227,10 @@ def _pool(source: Source, names: Names, width: int) -> dict[str, Told]:
     shape = source.entries[name].shape
     if len(shape) == 2 and shape[row.kind != 'same'] == 2 * width:
       return {'model.pool': Told('token_mean', f'{name} {list(shape)}')}
-  return {'model.pool': Told('token', ours['cls'][1], False)}
+  place = ours['cls'][1]
+  if len(names.layout.pools) > 1:
+    place = f'assumed, there is {place}'
+  return {'model.pool': Told('token', place, False)}
 
 
 def _image_size(
@@ -231,8 +238,8 @@ def _image_size(
 ) -> dict[str, Told]:
   """Returns what is told of `model.image_size`: a multiple of the patch."""
   patch, told = stem[0], source.facts.get('image_size')
-  if told is not None:
-    sides = told if isinstance(told, list) else [told, told]
+  sides = told if isinstance(told, list) else [told or 0] * 2
+  if min(sides) >= patch:
     place = source.places['image_size']
     if sides[0] != sides[1]:
       place += f' says {sides[0]} x {sides[1]}; the shorter side counts'

@@ -35,6 +35,42 @@ def with_packed(source: Source, names: Names | None) -> Names | None:
   return names.packed() if outputs == 2 * inputs else names
 
 
+def check_told(source: Source, names: Names, width: int) -> None:
+  """Compares what is said of a model with what its tensors are.
+
+  Args:
+    source: The file.
+    names: Its names as a layout of vision transformers.
+    width: Channels of its tokens.
+
+  Raises:
+    WeightsError: It is another model's, or the file has no block.
+  """
+  if not names.depth:
+    refuse(
+      source.title,
+      f'it has the patch embedding {names.ours[_KERNEL][1]}, but no block of '
+      f'the {names.title} layout whose names begin alike',
+      'give a file of the whole model',
+    )
+  for name, here in (('width', width), ('depth', names.depth)):
+    if source.facts.get(name, here) != here:
+      refuse(
+        source.title,
+        f'{source.places[name]} says a {name} of {source.facts[name]}, but its '
+        f'tensors have {here}',
+        'give the config.json of these weights, or none',
+      )
+  heads = source.facts.get('heads', 1)
+  if heads < 1 or width % heads:
+    refuse(
+      source.title,
+      f'{source.places["heads"]} says {heads} attention heads, which do not '
+      f'divide its width {width}',
+      'give the config.json of these weights, or none',
+    )
+
+
 def check_patch(file) -> None:
   """Compares the patch that config.json tells with that of the kernel.
 
@@ -52,6 +88,25 @@ def check_patch(file) -> None:
       f'its config.json says patch_size={told}, but {theirs} is of '
       f'{there[0]} x {there[1]} pixels',
       'give the config.json of these weights, or none',
+    )
+
+
+def check_pool(file) -> None:
+  """An attention pooling beside a class token leaves that out: we cannot.
+
+  Raises:
+    WeightsError: The file has both, and the model no class token.
+  """
+  both = {'cls', 'pool/probe'}
+  if both <= file.ours.keys() and 'pool/probe' in file.wanted:
+    if 'cls' in file.wanted:
+      return  # every token is asked there
+    refuse(
+      file.source.title,
+      f'its attention pooling ({file.ours["pool/probe"][1]}) asks the patches '
+      f'of a model with a class token ({file.ours["cls"][1]}), which no model '
+      'here does',
+      'choose other weights',
     )
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from configs import vit_finetune
 from qvit_jax import modes
 from qvit_jax.config import resolve
-from qvit_jax.errors import ConfigError, WeightsError
+from qvit_jax.errors import CheckpointError, ConfigError, WeightsError
 from qvit_jax.experiment import auto
 from qvit_jax.models import architecture
 from qvit_jax.store.tensors import save_tensors
@@ -107,6 +107,80 @@ def test_classes_are_counted_in_the_home_folder_too(tmp_path, monkeypatch):
   assert config.model.num_classes == 3
 
 
+def test_heads_of_an_architecture_are_not_those_of_another_width(tmp_path):
+  said = {
+    'architecture': 'vit_small_patch16_224', 'model_args': {'embed_dim': 24},
+  }  # fmt: skip
+  with pytest.raises(ConfigError, match='does not tell its attention heads'):
+    fill(with_config(tmp_path, **said))
+
+
+@pytest.mark.parametrize(
+  ('said', 'part'),
+  [
+    ({'num_attention_heads': 5}, '5 attention heads, which do not divide'),
+    ({'hidden_size': 48}, 'a width of 48, but its tensors have 24'),
+    ({'num_hidden_layers': 12}, 'a depth of 12, but its tensors have 2'),
+  ],
+)
+def test_a_config_of_other_weights_is_refused(said, part, tmp_path):
+  said = {'num_attention_heads': 3, **said}
+  with pytest.raises(WeightsError, match=f'config.json says {part}.* or none'):
+    fill(with_config(tmp_path, **said))
+
+
+def test_a_file_without_blocks_is_no_model_of_depth_0(tmp_path):
+  tensors = {
+    name if name.startswith('blocks.') else f'net.{name}': entry.read()
+    for name, entry in open_source(BARE).entries.items()
+  }
+  path = tmp_path / 'x.safetensors'
+  save_tensors(tensors, path, form='safetensors')
+  with pytest.raises(WeightsError, match='no block of the timm layout'):
+    fill(path, model__heads=3)
+
+
+def test_what_is_assumed_of_a_bare_file_is_said_and_the_pages_choice(tmp_path):
+  _, lines = fill(BARE, model__heads=3)
+  assert 'model.pool=token: assumed, there is cls_token' in lines
+  untold = 'data.mean=(0.485, 0.456, 0.406): of the config, nothing tells it'
+  assert untold in lines
+  config, _ = fill(BARE, model__heads=3, model__pool='patch_mean')
+  assert config.model.pool == 'patch_mean'
+  tensors = {
+    name.replace('norm.', 'fc_norm.') if name.startswith('norm.') else name:
+    entry.read() for name, entry in open_source(BARE).entries.items()
+  }  # fmt: skip
+  path = tmp_path / 'x.safetensors'
+  save_tensors(tensors, path, form='safetensors')
+  _, lines = fill(path, model__heads=3)
+  assert 'model.pool=patch_mean: assumed behind fc_norm.weight' in lines
+  config, _ = fill(path, model__heads=3, model__pool='token')
+  assert config.model.pool == 'token'
+  with pytest.raises(ConfigError, match=r'last norm behind the pooling \(fc_'):
+    fill(path, model__heads=3, model__pool='token_attention')
+
+
+def test_a_siglip_may_lack_its_pooling(tmp_path):
+  path = tmp_path / 'w'
+  shutil.copytree(FIXTURES / 'hf_siglip_model', path)
+  said = json.loads((path / 'config.json').read_text())
+  said['vision_config']['vision_use_head'] = False
+  (path / 'config.json').write_text(json.dumps(said))
+  tensors = {
+    name: entry.read() for name, entry in open_source(path).entries.items()
+    if 'vision_model.head.' not in name
+  }  # fmt: skip
+  save_tensors(tensors, path / 'model.safetensors', form='safetensors')
+  config, _ = fill(path)
+  assert config.model.pool == 'mean'
+
+
+def test_an_image_smaller_than_a_patch_is_that_of_the_positions(tmp_path):
+  config, _ = fill(with_config(tmp_path, num_heads=3, image_size=3))
+  assert config.model.image_size == 16
+
+
 def test_what_nothing_tells_is_asked_for():
   with pytest.raises(ConfigError, match=r'attention heads.*model\.heads=') as e:
     fill(BARE)
@@ -147,13 +221,34 @@ def test_images_of_another_size_and_fresh_poolings_are_the_pages_choice():
   assert config.model.image_size == 32
   assert 'model.image_size=32: of the config; 16 by config.json' in lines
   path = FIXTURES / 'hf_siglip_model'  # has no head
-  for pool in ('token_attention', 'mean'):
-    config, lines = fill(path, model__pool=pool)
-    assert config.model.pool == pool
-    assert lines[-1].startswith('model.num_classes=1000: of the config')
+  config, _ = fill(path, model__pool='mean')
+  assert config.model.pool == 'mean'
+  config, _ = fill(FIXTURES / 'hf_vit', model__pool='token_attention')
+  assert config.model.pool == 'token_attention'
   path = FIXTURES / 'hf_clip'  # has one, of the mean of its patches
   with pytest.raises(ConfigError, match=r'says patch_mean \(config\.json\)'):
     fill(path, model__pool='token')
+
+
+def test_a_pooling_of_the_page_needs_what_it_asks():
+  with pytest.raises(ConfigError, match=r'has none; set --.*pool=attention'):
+    fill(FIXTURES / 'hf_siglip_model', model__pool='token_attention')
+
+
+def test_an_adapter_is_looked_for_where_lora_path_says(tmp_path):
+  given = {'lora__path': str(tmp_path), 'lora__name': 'x', 'lora__rank': 2}
+  with pytest.raises(CheckpointError, match="holds no adapter 'x'"):
+    fill('', **given)
+
+
+def test_data_of_more_classes_than_a_trained_head_are_refused():
+  config = vit_finetune.get_config()
+  config.data.update(source='digits', name='')
+  config.weights.path = str(FIXTURES / 'hf_vit')
+  with pytest.raises(ConfigError, match='has 5 classes .* the data set has 10'):
+    auto.filled(config, '', trains=False, reads_data=True)
+  auto.filled(config, '', trains=False, reads_data=False)
+  auto.filled(config, '', trains=True, reads_data=True)
 
 
 @pytest.mark.parametrize(

@@ -386,12 +386,61 @@ def test_what_nothing_reads_is_said(tmp_path):
   [
     ({'architecture': 'vit_base_patch16_rpn_224'}, 'norms behind'),
     ({'hidden_act': 'relu'}, "hidden_act='relu'; known are gelu"),
+    ({'global_pool': 'avg', 'model_args': {'pool_include_prefix': True}},
+     'pool_include_prefix=True'),
+    ({'model_args': {'rope_temperature': 1e4}}, 'rope_temperature=10000.0'),
+    ({'model_args': {'rope_rotate_half': False}}, 'rope_rotate_half=False'),
   ],
-)
+)  # fmt: skip
 def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
   folder = hf_folder(tmp_path / 'w', **config)
   with pytest.raises(WeightsError, match=part):
     load_weights(str(folder), shapes_of(make_config()))
+
+
+@pytest.mark.parametrize(
+  ('config', 'said'),
+  [
+    ({'num_attention_heads': 2.5}, 'num_attention_heads=2.5'),
+    ({'num_attention_heads': -3}, 'num_attention_heads=-3'),
+    ({'num_attention_heads': 10**400}, 'num_attention_heads=1000'),
+    ({'layer_norm_eps': '1e-6'}, "layer_norm_eps='1e-6'"),
+    ({'layer_norm_eps': 0}, 'layer_norm_eps=0'),
+    ({'image_size': [16]}, 'image_size=[16]'),
+    ({'mean': 0.5, 'std': [0, 1, 1]}, 'mean=0.5, std=[0, 1, 1]'),
+    ({'interpolation': True}, 'interpolation=True'),
+  ],
+)
+def test_what_a_config_cannot_mean_is_not_read_but_said(config, said, tmp_path):
+  config |= {'hidden_dropout_prob': 10**400}
+  folder = hf_folder(tmp_path / 'w', **config)
+  _, report = load_weights(str(folder), shapes_of(make_config()))
+  assert f'not read of config.json: {said}' in '\n'.join(report.notes)
+
+
+def test_a_whole_number_may_be_written_as_a_fraction(tmp_path):
+  folder = hf_folder(tmp_path / 'w', num_attention_heads=3.0)
+  _, report = load_weights(str(folder), shapes_of(make_config()))
+  assert repr(report.facts['heads']) == '3'
+
+
+def test_the_processor_of_images_and_texts_tells_how_images_were(tmp_path):
+  folder = hf_folder(tmp_path / 'w')
+  said = {'image_mean': [0.1] * 3, 'image_std': [0.2] * 3, 'resample': 5}
+  (folder / 'processor_config.json').write_text(
+    json.dumps({'image_processor': said, 'processor_class': 'CLIPProcessor'})
+  )
+  _, report = load_weights(str(folder), shapes_of(make_config()))
+  assert report.facts['mean'] == [0.1] * 3
+  assert report.facts['std'] == [0.2] * 3
+  assert report.facts['resize'] == 'hamming'
+
+
+def test_an_attention_pooling_beside_a_class_token_is_refused(tmp_path):
+  tensors = safetensors.numpy.load_file(FIXTURES / 'timm_siglip.safetensors')
+  tensors['cls_token'] = np.ones((1, 1, 24), np.float32)
+  with pytest.raises(WeightsError, match=r'\(attn_pool\.latent\) asks the'):
+    load_tensors(tmp_path / 'x.safetensors', tensors, pool='attention')
 
 
 @pytest.mark.parametrize(

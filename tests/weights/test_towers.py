@@ -328,7 +328,7 @@ def folder_of(name, path, **said):
   return folder
 
 
-FACTS = {'heads': 3, 'image_size': 16, 'patch': 4}
+FACTS = {'heads': 3, 'image_size': 16, 'patch': 4, 'width': 24, 'depth': 2}
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_backbone_alone_gets_a_fresh_head():
   assert report.unused == ['pooler.dense.bias', 'pooler.dense.weight']
   assert report.facts == {
     'norm_eps': 1e-12, 'heads': 3, 'image_size': 16, 'patch': 4,
-    'activation': 'gelu',
+    'activation': 'gelu', 'width': 24, 'depth': 2,
   }  # fmt: skip
 
 
