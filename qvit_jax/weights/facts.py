@@ -54,7 +54,8 @@ _UNREAD = {
 }  # fmt: skip
 # As PIL counts.
 _RESAMPLE = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')
-_MOST = 1e9  # above it a number is no fact
+# Above them a number is no fact.
+_MOST, _MOST_PIXELS = 1e9, 2**14
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -234,7 +235,9 @@ def _side(name: str, value: Any) -> dict[str, Any]:
   if isinstance(value, dict):
     value = [value.get('height'), value.get('width')]
   sides = value if isinstance(value, list) else [value, value]
-  if len(sides) != 2 or not all(_is_number(x) and x > 0 for x in sides):
+  if len(sides) != 2 or not all(
+    _is_number(x) and 0 < x <= _MOST_PIXELS for x in sides
+  ):
     return {}
   return {name: sides[0] if sides[0] == sides[1] else sides}
 

@@ -122,7 +122,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
   complete_facts(source, names)
   facts, places, ours = source.facts, source.places, names.ours
   stem = stem_shape(source, ours)
-  if not stem or stem[0] != stem[1]:
+  if not stem or 0 in stem or stem[0] != stem[1]:
     raise WeightsError(
       f'weights {printable(source.title)}: the patch embedding '
       f'{ours[_STEM][1]} has the shape '

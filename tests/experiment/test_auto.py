@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,6 +138,18 @@ def test_a_file_without_blocks_is_no_model_of_depth_0(tmp_path):
   path = tmp_path / 'x.safetensors'
   save_tensors(tensors, path, form='safetensors')
   with pytest.raises(WeightsError, match='no block of the timm layout'):
+    fill(path, model__heads=3)
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 4, 4), (24, 3, 0, 0), (1152,), ()])
+def test_a_patch_embedding_of_nothing_is_refused(shape, tmp_path):
+  tensors = {
+    name: entry.read() for name, entry in open_source(BARE).entries.items()
+  }
+  tensors['patch_embed.proj.weight'] = np.ones(shape, np.float32)
+  path = tmp_path / 'x.safetensors'
+  save_tensors(tensors, path, form='safetensors')
+  with pytest.raises(WeightsError, match='no square patch of 4 axes'):
     fill(path, model__heads=3)
 
 

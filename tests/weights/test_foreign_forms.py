@@ -407,6 +407,7 @@ def test_what_no_shape_tells_is_refused_by_name(config, part, tmp_path):
     ({'layer_norm_eps': '1e-6'}, "layer_norm_eps='1e-6'"),
     ({'layer_norm_eps': 0}, 'layer_norm_eps=0'),
     ({'image_size': [16]}, 'image_size=[16]'),
+    ({'image_size': 10**8}, 'image_size=100000000'),
     ({'mean': 0.5, 'std': [0, 1, 1]}, 'mean=0.5, std=[0, 1, 1]'),
     ({'interpolation': True}, 'interpolation=True'),
   ],
