@@ -200,6 +200,13 @@ def _pool(
     )
   if theirs is None:
     return {}, []
+  if theirs in ('max', 'avgmax', 'catavgmax'):
+    refuse(
+      path,
+      f'its config.json says global_pool={theirs!r}, by which its head was '
+      f'trained; supported are {", ".join(_POOLS)}',
+      'choose other weights',
+    )
   if isinstance(theirs, str) and theirs in _POOLS:
     return {'pool': _POOLS[theirs]}, []
   return {}, [f'config.json says global_pool={theirs!r}, not known here']

@@ -388,6 +388,7 @@ def test_what_nothing_reads_is_said(tmp_path):
     ({'hidden_act': 'relu'}, "hidden_act='relu'; known are gelu"),
     ({'global_pool': 'avg', 'model_args': {'pool_include_prefix': True}},
      'pool_include_prefix=True'),
+    ({'global_pool': 'avgmax'}, "global_pool='avgmax'"),
     ({'model_args': {'rope_temperature': 1e4}}, 'rope_temperature=10000.0'),
     ({'model_args': {'rope_rotate_half': False}}, 'rope_rotate_half=False'),
   ],
