@@ -11,6 +11,12 @@ The table of post-training quantization, with its report:
 Quantization-aware training from that run: add --config.quant.recipe=lsq
   --config.quant.default=w8a8 --config.checkpoint.path=runs/vgg
   --config.train.epochs=2 --config.optim.lr=1e-5
+At 4 bits from the row of that table: add --config.quant.recipe=lsq
+  --config.quant.default=w4a4 --config.quant.act_granularity=per_token
+  "--config.quant.rules=(('conv1_1', 'w4a8'),)" --config.model.batch_norm=none
+  --config.checkpoint.path=PTQ/artifacts/w4a4.safetensors
+  --config.train.teacher=runs/vgg --config.train.steps=300
+  --config.optim.lr=5e-3 --config.optim.warmup_steps=20
 """
 
 from configs import common
