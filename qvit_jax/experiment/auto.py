@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
-from qvit_jax import data, weights
+from qvit_jax import data, models, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import checks, sources
@@ -19,7 +19,6 @@ from qvit_jax.weights import Told
 SIZE = 'auto'
 # Fields that it reads, whatever a mode reads of them.
 READ = ('checkpoint.path', 'weights.path', 'lora.path')
-_FAMILY = 'vit'
 # What runs leave out where it is at its default; see `models.architecture`.
 _LEFT_OUT = (
   'activation', 'position', 'last_norm', 'norm_after_pool', 'pre_norm',
@@ -48,10 +47,12 @@ def filled(
     ConfigError: Nothing names a model, or fields say otherwise than it does.
     WeightsError, CheckpointError: What is named cannot be read.
   """
-  if config.model.name != _FAMILY:
+  if not models.family(config).tells:
+    others = [name for name, one in models.FAMILIES.items() if one.tells]
     raise ConfigError(
-      f"model.size='auto' reads files of vision transformers, but model.name="
-      f'{config.model.name!r}; set --config.model.size= to one of its sizes'
+      "model.size='auto' is not known of model.name="
+      f'{config.model.name!r}; set --config.model.size= to one of its sizes, '
+      f'or --config.model.name={" or ".join(others)}'
     )
   config = config_lib.expanded(config)
   origin, told, is_whole = _told(config, workdir, trains)
@@ -142,13 +143,13 @@ def _told(
   place = pathlib.Path(config_lib.expand(workdir))
   has_own = bool(workdir) and runs.has_steps(place)
   if has_own and trains:
-    return *_of_run(runs.open_run(place)), True
+    return *_of_run(config, runs.open_run(place)), True
   # What is looked at comes from where `sources` finds it; the base of adapters
   # may have had other classes than they.
   path = adapters.path_of(config, place)
   there = has_own or config.lora.path or path.is_file()
   if config.lora.rank and not trains and there:
-    return *_of_run(sources.trained_adapters(config, place)), True
+    return *_of_run(config, sources.trained_adapters(config, place)), True
   if (has_own or config.checkpoint.path) and not (config.lora.rank or trains):
     source = sources.find(config, place)
   else:
@@ -160,27 +161,22 @@ def _told(
       'or --config.checkpoint.path=, or --config.model.size=S/16'
     )
   if source.kind != 'weights':
-    return *_of_run(runs.open_run(source.path)), True
+    return *_of_run(config, runs.open_run(source.path)), True
   local = pathlib.Path(weights.resolve(source.path)[0])
   if runs.kind_of(local) == 'run':
-    return *_of_run(runs.open_run(local, field='weights.path')), False
+    run = runs.open_run(local, field='weights.path')
+    return *_of_run(config, run), False
   opened, names = weights.open_named(local)
-  if 'patch_embed/kernel' not in names.ours:
-    raise ConfigError(
-      "model.size='auto' reads files of vision transformers, but weights "
-      f'{opened.title} have the {names.title} layout; set '
-      '--config.model.name= and --config.model.size= to theirs'
-    )
   return opened.title, weights.tell(opened, names), False
 
 
-def _of_run(run: runs.Run) -> tuple[str, dict[str, Told]]:
+def _of_run(config: Any, run: runs.Run) -> tuple[str, dict[str, Told]]:
   """Returns what a run, a packed model or adapters of ours tell."""
   facts = dict(run.architecture)
-  if facts.pop('name') != _FAMILY:
+  if (name := facts.pop('name')) != config.model.name:
     raise ConfigError(
-      f"model.size='auto' reads runs of vision transformers, but {run.origin} "
-      f'is one of {run.architecture["name"]!r}; set --config.model.name= and '
+      f'model.name={config.model.name!r} of the config, but {run.origin} is of '
+      f'a model {name!r}; set --config.model.name={name} and '
       '--config.model.size= to its own'
     )
   for name in _LEFT_OUT:

@@ -44,6 +44,8 @@ class Family:
       whose channels could be turned or scaled as one.
     pairs: config.model -> layers between which channels can be scaled.
     cuts: config.model -> its cuts, in the order in which an image passes them.
+    tells: Whether weights and runs tell all of `config.model`, so that
+      `model.size` may be 'auto'.
     statistics: How norms keep statistics; None: no norm of the family does.
   """
 
@@ -58,4 +60,5 @@ class Family:
   stream: Callable[[Any], Stream] | None = None
   pairs: Callable[[Any], tuple[Pair, ...]] = lambda model: ()
   cuts: Callable[[Any], tuple[Cut, ...]] = lambda model: ()
+  tells: bool = False
   statistics: Statistics | None = None

@@ -307,5 +307,6 @@ FAMILY = Family(
     )
   ),  # fmt: skip
   stream=stream,
+  tells=True,
   cuts=cuts,
 )

@@ -117,6 +117,12 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
   Raises:
     WeightsError: Shapes are not those of such a model.
   """
+  if _STEM not in names.ours:
+    raise WeightsError(
+      f'weights {printable(source.title)} have the {names.title} layout, which '
+      "is of no vision transformer, and model.size='auto' reads those alone; "
+      'set --config.model.name= and --config.model.size= to theirs'
+    )
   names = unneeded.with_packed(source, names)
   is_usual = 'norm_eps' not in source.facts
   complete_facts(source, names)
