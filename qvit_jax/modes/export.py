@@ -1,6 +1,7 @@
 """What `--mode=export` writes of parameters in the layout of others."""
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -83,10 +84,12 @@ def _read(
     )
   params, report = weights.read_weights(path, model.shapes)
   if report.reinitialised:
+    why = next(iter(report.reinitialised.values()))
+    advice = 'train first (--mode=train)'
+    if theirs := re.match(r'(\d+) classes there', why):
+      advice += f' or set --config.model.num_classes={theirs[1]}'
     raise ExportError(
-      f'{path} brings no {", ".join(report.reinitialised)}: '
-      f'{next(iter(report.reinitialised.values()))}; train first or give '
-      'model.num_classes the value of these weights'
+      f'{path} brings no {", ".join(report.reinitialised)}: {why}; {advice}'
     )
   report.notes += checks.compare_facts(report, config)
   for line in report.lines():
