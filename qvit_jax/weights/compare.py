@@ -38,7 +38,7 @@ class Comparison:
   ):
     """Prepares it; without `names` the tensors have our own."""
     self.source, self.wanted = source, wanted
-    self.names = names = unneeded.with_packed(source, names)
+    self.names = names = unneeded.with_gate(source, names)
     self.report = Report(
       source.title,
       names.title if names else 'our own',

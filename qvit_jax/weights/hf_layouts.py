@@ -5,9 +5,9 @@ from qvit_jax.weights.rows import (
   BLOCK,
   PARTS,
   fused,
+  gated,
   linear,
   norm,
-  packed,
   without_mlp,
 )
 
@@ -156,7 +156,7 @@ HF_LAYOUTS = {
             ('HuggingFace DINOv2', _HF_DINOV2),
             ('with SwiGLU', (
                 *without_mlp(_HF_DINOV2),
-                *packed(_HF_LAYER + 'mlp.weights_in'),
+                *gated(_HF_LAYER + 'mlp.weights_in'),
                 *linear(BLOCK + 'mlp/fc2', _HF_LAYER + 'mlp.weights_out'),
             )),
         ),

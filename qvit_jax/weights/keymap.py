@@ -168,7 +168,7 @@ class Names:
       else:
         self.unknown.append(name)
 
-  def packed(self) -> 'Names':
+  def gated(self) -> 'Names':
     """Returns the same names as a model whose SwiGLU is one layer."""
     return Names(self.key, self.prefix, self._all, self.start, -1)
 

@@ -45,7 +45,7 @@ class KeyMap:
     rows: What is where.
     variants: (name, rows) of each model whose numbers of layers say other
       things, in place of `rows`.
-    packed: The rows of models with a SwiGLU whose first layer has the names of
+    gated: The rows of models with a SwiGLU whose first layer has the names of
       a plain one, and twice its outputs.
     stem: Our path of the kernel that every model has.
     ignored: Regexes of tensors that play no part in classification.
@@ -85,7 +85,7 @@ class KeyMap:
   title: str
   rows: tuple[Row, ...] = ()
   variants: tuple[tuple[str, tuple[Row, ...]], ...] = ()
-  packed: tuple[Row, ...] = ()
+  gated: tuple[Row, ...] = ()
   stem: str = 'patch_embed/kernel'
   ignored: tuple[str, ...] = ()
   optional: tuple[str, ...] = ()
@@ -117,12 +117,12 @@ class KeyMap:
   def choices(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
     """(name, rows) of every kind of model of the layout."""
     choices = self.variants or ((self.title, self.rows),)
-    return (*choices, ('with SwiGLU', self.packed)) if self.packed else choices
+    return (*choices, ('with SwiGLU', self.gated)) if self.gated else choices
 
   @property
   def named(self) -> range:
     """Which of `choices` names alone can tell."""
-    return range(len(self.choices) - bool(self.packed))
+    return range(len(self.choices) - bool(self.gated))
 
   @property
   def all_rows(self) -> tuple[Row, ...]:

@@ -11,10 +11,11 @@ from qvit_jax.weights.layout import KeyMap, Row
 from qvit_jax.weights.release_layouts import RELEASE_LAYOUTS
 from qvit_jax.weights.rows import (
   BLOCK,
+  FACEBOOK,
   fused,
+  gated,
   linear,
   norm,
-  packed,
   without_first,
   without_mlp,
 )
@@ -43,17 +44,7 @@ def _attention_pool() -> tuple[Row, ...]:
 _DINOV2 = (
     Row('cls', 'cls_token', 'same'),
     Row('pos_embed', 'pos_embed', 'same'),
-    *linear('patch_embed', 'patch_embed.proj', 'conv'),
-    *norm(BLOCK + 'norm1', 'blocks.{i}.norm1'),
-    *fused('blocks.{i}.attn.qkv.weight', 'blocks.{i}.attn.qkv.bias'),
-    *linear(BLOCK + 'attn/out', 'blocks.{i}.attn.proj', 'linear_in2'),
-    Row(BLOCK + 'scale1', 'blocks.{i}.ls1.gamma', 'vector'),
-    *norm(BLOCK + 'norm2', 'blocks.{i}.norm2'),
-    *linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
-    *linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.fc2'),
-    Row(BLOCK + 'scale2', 'blocks.{i}.ls2.gamma', 'vector'),
-    *norm('encoder/norm', 'norm'),
-    *linear('head', 'head'),
+    *FACEBOOK,
 )  # fmt: skip
 _RELEASE = (*_DINOV2, Row('registers', 'register_tokens', 'same'))
 _TIMM = (
@@ -145,7 +136,7 @@ LAYOUTS = {
     'timm': KeyMap(
         'timm',
         _TIMM_VIT,
-        packed=(*without_first(_TIMM_VIT), *packed('blocks.{i}.mlp.fc1')),
+        gated=(*without_first(_TIMM_VIT), *gated('blocks.{i}.mlp.fc1')),
         ignored=(r'head_dist\.',),
         pre_logits=r'pre_logits\.',
         slots=('grid', 'all'),
@@ -182,7 +173,7 @@ LAYOUTS = {
         variants=(
             ('DINOv2 release', _RELEASE),
             ('with SwiGLU', (
-                *without_mlp(_RELEASE), *packed('blocks.{i}.mlp.w12'),
+                *without_mlp(_RELEASE), *gated('blocks.{i}.mlp.w12'),
                 *linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.w3'),
             )),
         ),

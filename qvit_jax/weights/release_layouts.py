@@ -3,7 +3,14 @@
 import numpy as np
 
 from qvit_jax.weights.layout import ROPE_BASE, KeyMap, Row
-from qvit_jax.weights.rows import BLOCK, fused, linear, norm, without_mlp
+from qvit_jax.weights.rows import (
+  BLOCK,
+  FACEBOOK,
+  fused,
+  linear,
+  norm,
+  without_mlp,
+)
 
 _CLIP_LAYER = '~transformer.resblocks.{i}.'
 # OpenAI's names, which open_clip took over.
@@ -29,17 +36,7 @@ _CLIP = (
 _DINOV3 = (
     Row('cls', 'cls_token', 'same'),
     Row('registers', 'storage_tokens', 'same'),
-    *linear('patch_embed', 'patch_embed.proj', 'conv'),
-    *norm(BLOCK + 'norm1', 'blocks.{i}.norm1'),
-    *fused('blocks.{i}.attn.qkv.weight', 'blocks.{i}.attn.qkv.bias'),
-    *linear(BLOCK + 'attn/out', 'blocks.{i}.attn.proj', 'linear_in2'),
-    Row(BLOCK + 'scale1', 'blocks.{i}.ls1.gamma', 'vector'),
-    *norm(BLOCK + 'norm2', 'blocks.{i}.norm2'),
-    *linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
-    *linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.fc2'),
-    Row(BLOCK + 'scale2', 'blocks.{i}.ls2.gamma', 'vector'),
-    *norm('encoder/norm', 'norm'),
-    *linear('head', 'head'),
+    *FACEBOOK,
 )  # fmt: skip
 _MASK = 'blocks.{i}.attn.qkv.bias_mask'
 

@@ -35,7 +35,23 @@ def fused(
   return tuple(rows)
 
 
-def packed(theirs: str) -> tuple[Row, ...]:
+# What Facebook's releases have behind their tokens.
+FACEBOOK = (
+    *linear('patch_embed', 'patch_embed.proj', 'conv'),
+    *norm(BLOCK + 'norm1', 'blocks.{i}.norm1'),
+    *fused('blocks.{i}.attn.qkv.weight', 'blocks.{i}.attn.qkv.bias'),
+    *linear(BLOCK + 'attn/out', 'blocks.{i}.attn.proj', 'linear_in2'),
+    Row(BLOCK + 'scale1', 'blocks.{i}.ls1.gamma', 'vector'),
+    *norm(BLOCK + 'norm2', 'blocks.{i}.norm2'),
+    *linear(BLOCK + 'mlp/fc1', 'blocks.{i}.mlp.fc1'),
+    *linear(BLOCK + 'mlp/fc2', 'blocks.{i}.mlp.fc2'),
+    Row(BLOCK + 'scale2', 'blocks.{i}.ls2.gamma', 'vector'),
+    *norm('encoder/norm', 'norm'),
+    *linear('head', 'head'),
+)  # fmt: skip
+
+
+def gated(theirs: str) -> tuple[Row, ...]:
   """Returns gate and first layer of a SwiGLU as the halves of one layer."""
   rows = []
   for part, name in enumerate(('gate', 'fc1')):

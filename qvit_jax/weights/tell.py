@@ -123,7 +123,7 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
       "is of no vision transformer, and model.size='auto' reads those alone; "
       'set --config.model.name= and --config.model.size= to theirs'
     )
-  names = unneeded.with_packed(source, names)
+  names = unneeded.with_gate(source, names)
   is_usual = 'norm_eps' not in source.facts
   complete_facts(source, names)
   facts, places, ours = source.facts, source.places, names.ours

@@ -11,14 +11,14 @@ from qvit_jax.weights.keymap import Names, patch_shape
 _KERNEL = 'patch_embed/kernel'
 
 
-def with_packed(source: Source, names: Names | None) -> Names | None:
+def with_gate(source: Source, names: Names | None) -> Names | None:
   """Returns the names, as of a SwiGLU in one layer where only shapes tell it.
 
   Raises:
     WeightsError: The two layers of an MLP do not fit each other.
   """
   first, last = (f'encoder/block_00/mlp/{n}/kernel' for n in ('fc1', 'fc2'))
-  if not (names and names.layout.packed and {first, last} <= names.ours.keys()):
+  if not (names and names.layout.gated and {first, last} <= names.ours.keys()):
     return names
   (_, fc1), (_, fc2) = names.ours[first], names.ours[last]
   shapes = source.entries[fc1].shape, source.entries[fc2].shape
@@ -32,7 +32,7 @@ def with_packed(source: Source, names: Names | None) -> Names | None:
       'nor the two halves of a SwiGLU',
       'give other weights',
     )
-  return names.packed() if outputs == 2 * inputs else names
+  return names.gated() if outputs == 2 * inputs else names
 
 
 def check_told(source: Source, names: Names, width: int) -> None:
