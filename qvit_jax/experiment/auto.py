@@ -213,9 +213,11 @@ def _untold(
     yield 'model.heads', given['model.heads'], 'of the config, nothing tells it'
   if 'model.image_size' not in told:
     size, patch = config.model.image_size, fields['model.patch']
-    if 'model.image_size' not in given:
+    why = 'of the config, nothing tells it'
+    if 'model.image_size' not in given and size % patch:
+      why = f'whole patches in the {size} of the config, nothing tells it'
       size = max(1, size // patch) * patch
-    yield 'model.image_size', size, 'of the config, nothing tells it'
+    yield 'model.image_size', size, why
   for name in ('data.mean', 'data.std', 'data.resize'):
     if name not in told:
       value = config_lib.flatten(config)[name]

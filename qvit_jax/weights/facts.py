@@ -139,8 +139,12 @@ def read_facts(
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
+  """Returns a JSON file's object, {} where there is no file."""
   value = read_json(path) if path.is_file() else {}
-  return value if isinstance(value, dict) else {}
+  if not isinstance(value, dict):
+    what = f'it holds {type(value).__name__} where an object is wanted'
+    refuse(path, what, 'mend it or take it away')
+  return value
 
 
 def _activation(

@@ -186,11 +186,15 @@ def tell(source: Source, names: Names) -> dict[str, Told]:
     if name in facts:
       is_sure = name != 'norm_eps' or not is_usual
       told[f'model.{name}'] = Told(facts[name], places[name], is_sure)
-  for name in ('mean', 'std', 'resize'):
-    if name in facts and (name != 'resize' or facts[name] in _RESIZES):
-      value = facts[name]
-      value = value if isinstance(value, str) else tuple(value)
-      told[f'data.{name}'] = Told(value, places[name])
+  for name in ('mean', 'std'):
+    if name in facts:
+      told[f'data.{name}'] = Told(tuple(facts[name]), places[name])
+  if how := facts.get('resize'):
+    place = places['resize']
+    told['data.resize'] = Told(how, place)
+    if how not in _RESIZES:
+      place = f'in place of {how!r} of {place}, which is not known here'
+      told['data.resize'] = Told(_RESIZES[0], place, False)
   if classes := head_classes(source, ours):
     name = 'head/bias' if 'head/bias' in ours else 'head/kernel'
     told['model.num_classes'] = Told(classes, stands(name))

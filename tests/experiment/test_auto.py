@@ -78,19 +78,23 @@ def test_timms_config_needs_no_further_field(tmp_path):
   assert 'model.num_classes=10: classes of the data set' in lines
 
 
-def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
-  entries = open_source(BARE).entries
+def wide_folder(path, **texts):
+  """A folder with a file of width 192, for which names tell heads."""
   wide = {}
-  for name, entry in entries.items():
+  for name, entry in open_source(BARE).entries.items():
     values = entry.read()
     for axis, size in enumerate(values.shape):
       if size in (24, 72):
-        values = values.repeat(8, axis)  # width 192
+        values = values.repeat(8, axis)
     wide[name] = values
-  save_tensors(wide, tmp_path / 'model.safetensors', form='safetensors')
-  said = {'architecture': 'vit_tiny_patch4_16'}
-  (tmp_path / 'config.json').write_text(json.dumps(said))
-  config, lines = fill(tmp_path)
+  save_tensors(wide, path / 'model.safetensors', form='safetensors')
+  (path / 'config.json').write_text(json.dumps(texts))
+  return path
+
+
+def test_the_name_of_a_model_of_timm_tells_its_heads(tmp_path):
+  path = wide_folder(tmp_path, architecture='vit_tiny_patch4_16')
+  config, lines = fill(path)
   assert config.model.width == 192
   assert config.model.heads == 3
   assert "architecture='vit_tiny_patch4_16' of config.json" in '\n'.join(lines)
@@ -110,10 +114,38 @@ def test_classes_are_counted_in_the_home_folder_too(tmp_path, monkeypatch):
 
 def test_heads_of_an_architecture_are_not_those_of_another_width(tmp_path):
   said = {
-    'architecture': 'vit_small_patch16_224', 'model_args': {'embed_dim': 24},
+    'architecture': 'vit_small_patch16_224', 'model_args': {'embed_dim': 192},
   }  # fmt: skip
   with pytest.raises(ConfigError, match='does not tell its attention heads'):
-    fill(with_config(tmp_path, **said))
+    fill(wide_folder(tmp_path, **said))
+
+
+def test_what_runs_leave_out_is_told_all_the_same():
+  others = {
+    'activation': 'swiglu', 'position': 'rope', 'last_norm': False,
+    'norm_after_pool': True, 'pre_norm': True,
+  }  # fmt: skip
+  plain, found = {*architecture(make_config())}, set()
+  for name, value in others.items():
+    fields = {'heads': 6, name: value}
+    found |= {*architecture(make_config(**fields))} - plain
+  assert found == {*auto._LEFT_OUT} == {*others}
+
+
+def test_a_resize_that_we_lack_is_said(tmp_path):
+  said = {'num_attention_heads': 3, 'pretrained_cfg': {'interpolation': 'box'}}
+  _, lines = fill(with_config(tmp_path, **said))
+  assert (
+    "data.resize=bicubic: in place of 'box' of config.json, which is not known "
+    'here'
+  ) in lines
+
+
+def test_a_config_that_holds_no_object_is_refused(tmp_path):
+  shutil.copy(BARE, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text('[1]')
+  with pytest.raises(WeightsError, match='it holds list where an object'):
+    fill(tmp_path)
 
 
 @pytest.mark.parametrize(
