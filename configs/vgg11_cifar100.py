@@ -4,7 +4,7 @@
 
 224 px, 10 epochs from ImageNet's weights (torchvision's, which
 --config.weights.path= names: a file or hf://...). At 32 px with BatchNorm, from
-scratch, in an hour on two CPU cores:
+scratch, in 41 minutes on two CPU cores:
   python main.py --config=configs/vgg11_cifar100.py:32 --workdir=runs/vgg
 The table of post-training quantization, with its report:
   add --mode=ptq --config.checkpoint.path=runs/vgg, and another --workdir
