@@ -25,8 +25,8 @@ from qvit_jax.arithmetic.windows import Window
 
 # Most rows that are added elementwise to one.
 _CHAIN = 8
-# Channels of an image; pixels of a small one; pixels that are gathered at once.
-_FEW, _SMALL, _ROWS = 4, 16, 2048
+# Channels of an image; pixels of a small one; numbers gathered at once.
+_FEW, _SMALL, _SEEN = 4, 16, 9 * 2**17
 
 
 def convolve(
@@ -129,7 +129,8 @@ def _matrix_gradient(x, cotangent, window: Window, kernel):
   cache.
   """
   b, (height, width) = len(x), cotangent.shape[1:3]
-  few = max(1, min(b, _ROWS // (height * width)))
+  matrix = math.prod(kernel.shape[:3]), kernel.shape[3]
+  few = max(1, min(b, _SEEN // (height * width * matrix[0])))
   few = max(n for n in range(1, few + 1) if b % n == 0)
   # Images of one loop are not neighbours: a batch that is split over devices
   # stays split.
@@ -137,22 +138,26 @@ def _matrix_gradient(x, cotangent, window: Window, kernel):
     a.reshape(few, b // few, *a.shape[1:]) for a in (x, cotangent)
   )
 
+  # The left operand is copied to bring its pixels last: let it be the one of
+  # fewer channels.
+  is_turned = matrix[0] > matrix[1]
+
   def add(k, total):
     seen, given = (
       jax.lax.dynamic_index_in_dim(a, k, axis=1, keepdims=False)
       for a in (x, cotangent)
     )
     seen = jnp.concatenate([tap for _, tap in _taps(seen, window)], axis=-1)
+    given = given.astype(seen.dtype)
     return total + jax.lax.dot_general(
-      seen,
-      given.astype(seen.dtype),
+      *((given, seen) if is_turned else (seen, given)),
       (((0, 1, 2), (0, 1, 2)), ((), ())),
       preferred_element_type=jnp.float32,
     )
 
-  matrix = math.prod(kernel.shape[:3]), kernel.shape[3]
-  total = jnp.zeros(matrix, jnp.float32)
+  total = jnp.zeros(matrix[::-1] if is_turned else matrix, jnp.float32)
   total = jax.lax.fori_loop(0, b // few, add, total)
+  total = total.T if is_turned else total
   return total.reshape(kernel.shape).astype(kernel.dtype)
 
 

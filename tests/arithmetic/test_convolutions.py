@@ -73,14 +73,21 @@ def test_product_and_gradients_equal_the_reference(case):
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
-def test_gradients_of_a_kernel_are_summed_over_parts_of_a_batch(monkeypatch):
+# Kernels of more rows than columns, and the other way round.
+@pytest.mark.parametrize(('channels', 'features'), [(5, 4), (1, 12)])
+def test_gradients_of_a_kernel_are_summed_over_parts_of_a_batch(
+  channels, features, monkeypatch
+):
   window = SAME
-  monkeypatch.setattr(convolutions, '_ROWS', 60)  # two images of 30 pixels
+  # Two images of 30 pixels, each of which sees 9 of every channel.
+  monkeypatch.setattr(convolutions, '_SEEN', 2 * 30 * 9 * channels)
   random = np.random.default_rng(0)
   x, kernel, cotangent = (
     random.integers(-3, 4, shape).astype(np.float32)
-    for shape in ((6, 5, 6, 5), (3, 3, 5, 4), (6, 5, 6, 4))
-  )
+    for shape in (
+      (6, 5, 6, channels), (3, 3, channels, features), (6, 5, 6, features)
+    )
+  )  # fmt: skip
   found = values(jnp.asarray(x), kernel, jnp.asarray(cotangent), window)
   fields = window.strides, window.padding, window.groups
   expected = reference.gradients(x, kernel, cotangent, *fields)
