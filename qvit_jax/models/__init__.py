@@ -5,16 +5,17 @@ import difflib
 import jax
 import jax.numpy as jnp
 
-from qvit_jax.errors import ConfigError
+from qvit_jax.errors import ConfigError, ExportError
 from qvit_jax.models import mobilenet, vgg, vit
 from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.models.family import Cut, Family
+from qvit_jax.models.graph import IMAGES, Graph, Node
 from qvit_jax.ops import Ops, Pair, Site, Stream
 
 __all__ = [
-    'FAMILIES', 'Cut', 'Family', 'Statistics', 'architecture', 'build_model',
-    'cuts', 'family', 'list_sites', 'pairs', 'statistics', 'stream',
-    'tensor_rules',
+    'FAMILIES', 'IMAGES', 'Cut', 'Family', 'Graph', 'Node', 'Statistics',
+    'architecture', 'build_model', 'cuts', 'draw', 'family', 'list_sites',
+    'pairs', 'statistics', 'stream', 'tensor_rules',
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -81,6 +82,26 @@ def pairs(config) -> tuple[Pair, ...]:
 def cuts(config) -> tuple[Cut, ...]:
   """Returns where the model can be cut, in the order that images go."""
   return family(config).cuts(config.model)
+
+
+def draw(config, *, rectify: str = '') -> Graph:
+  """Returns the operations of the model without norms that can be folded.
+
+  Args:
+    config: A whole config.
+    rectify: Form of Q-ViT's rectified queries and keys; '' without.
+
+  Raises:
+    ExportError: The family does not say what its models compute.
+  """
+  record, graph = family(config), Graph(rectify)
+  if record.draw is None:
+    raise ExportError(
+      f'model.name={config.model.name!r} has no list of its operations; give '
+      'its Family a `draw`, or set --config.export.format=stablehlo'
+    )
+  record.draw(config.model, graph)
+  return graph
 
 
 def list_sites(config) -> list[Site]:

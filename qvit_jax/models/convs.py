@@ -115,14 +115,20 @@ def adaptive_mean(
     n = x.shape[axis]
     if n == size:
       continue
-    share = np.zeros((n, size), np.float32)
-    for i in range(size):
-      low, high = i * n // size, -(-(i + 1) * n // size)
-      share[low:high, i] = 1 / (high - low)
     wide = x.astype(jnp.float32)
+    share = window_shares(n, size)
     mean = jnp.tensordot(wide, share, (axis, 0), precision='highest')
     x = jnp.moveaxis(mean, -1, axis).astype(x.dtype)
   return x
+
+
+def window_shares(n: int, size: int) -> Float[np.ndarray, 'n size']:
+  """Returns what each of n pixels counts in the mean over each window."""
+  share = np.zeros((n, size), np.float32)
+  for i in range(size):
+    low, high = i * n // size, -(-(i + 1) * n // size)
+    share[low:high, i] = 1 / (high - low)
+  return share
 
 
 def check_image(model: Any, least: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qvit_jax.models.batch_norm import Statistics
+from qvit_jax.models.graph import Graph
 from qvit_jax.ops import Ops, Pair, Stream
 
 
@@ -46,6 +47,8 @@ class Family:
     cuts: config.model -> its cuts, in the order in which an image passes them.
     tells: Whether weights and runs tell all of `config.model`, so that
       `model.size` may be 'auto'.
+    draw: (config.model, graph) -> None; adds the operations of a model without
+      norms that can be folded. None: no other runtime can be given it.
     statistics: How norms keep statistics; None: no norm of the family does.
   """
 
@@ -61,4 +64,5 @@ class Family:
   pairs: Callable[[Any], tuple[Pair, ...]] = lambda model: ()
   cuts: Callable[[Any], tuple[Cut, ...]] = lambda model: ()
   tells: bool = False
+  draw: Callable[[Any, Graph], None] | None = None
   statistics: Statistics | None = None

@@ -19,6 +19,7 @@ from qvit_jax.errors import ConfigError
 from qvit_jax.models.batch_norm import Statistics
 from qvit_jax.models.convs import LINEAR, Layer, apply_layer, check_image
 from qvit_jax.models.family import Cut, Family
+from qvit_jax.models.graph import IMAGES, Graph
 from qvit_jax.ops import Ops, Pair, SiteDense
 
 # (expansion, channels, blocks, stride of the first) of each stage.
@@ -241,6 +242,20 @@ def _pair(first: str, is_linear: bool, second: str) -> Pair:
   return Pair(first, second, ceiling, is_linear)
 
 
+def draw(model, g: Graph) -> None:
+  """Adds the operations of a MobileNetV2 without norms; see `Family`."""
+  apply = lambda x, path: g.add('relu6', g.add('conv', x, path=path))
+  x = apply(IMAGES, 'stem')
+  for i, spec in enumerate(block_specs(width_of(model))):
+    path, y = f'block_{i:02d}', x
+    if spec.expands:
+      y = apply(y, f'{path}/expand')
+    y = apply(y, f'{path}/depthwise')
+    y = g.add('conv', y, path=f'{path}/project')
+    x = g.add('add', x, y) if spec.is_residual else y
+  g.add('dense', g.add('mean', apply(x, 'last')), path='head')
+
+
 def from_config(model, ops: Ops) -> MobileNetV2:
   """Returns the model that `config.model` describes, computing by `ops`."""
   same = {
@@ -273,6 +288,7 @@ FAMILY = Family(
       'padding', 'batch_norm', 'head_dropout', 'stochastic_depth', 'remat'
     )
   ),  # fmt: skip
+  draw=draw,
   pairs=pairs,
   cuts=lambda model: (Cut('head', ('head',), draws=('stochastic_depth',)),),
   statistics=Statistics(layer=lambda norm: norm.removesuffix('_norm')),

@@ -24,6 +24,7 @@ from qvit_jax.models.convs import (
   max_pool,
 )
 from qvit_jax.models.family import Cut, Family
+from qvit_jax.models.graph import IMAGES, Graph
 from qvit_jax.ops import Ops, Pair, SiteDense
 
 # Convolutions of each stage; a stage ends by halving the image.
@@ -168,6 +169,22 @@ def cuts(model) -> tuple[Cut, ...]:
   return hidden, Cut('head', ('head',), draws=('head_dropout',))
 
 
+def draw(model, g: Graph) -> None:
+  """Adds the operations of a VGG without norms; see `Family`."""
+  x = IMAGES
+  for i, count in enumerate(SIZES[model.size]):
+    for k in range(count):
+      x = g.add('relu', g.add('conv', x, path=f'conv{i + 1}_{k + 1}'))
+    x = g.add('max_pool', x)
+  if model.classifier == 'paper':
+    x = g.add('flatten', g.add('windows_mean', x, size=WINDOWS))
+    for name in ('fc1', 'fc2'):
+      x = g.add('relu', g.add('dense', x, path=name))
+  else:
+    x = g.add('mean', x)
+  g.add('dense', x, path='head')
+
+
 def from_config(model, ops: Ops) -> VGG:
   """Returns the VGG that `config.model` describes, computing through `ops`."""
   _check(model)
@@ -196,6 +213,7 @@ FAMILY = Family(
       'channels', 'classifier', 'batch_norm', 'head_dropout', 'remat'
     )
   ),  # fmt: skip
+  draw=draw,
   pairs=pairs,
   cuts=cuts,
   statistics=Statistics(layer=lambda norm: norm.replace('norm', 'conv')),

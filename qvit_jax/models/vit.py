@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qvit_jax.errors import ConfigError
-from qvit_jax.models import rope
+from qvit_jax.models import rope, vit_graph
 from qvit_jax.models.family import Cut, Family
 from qvit_jax.models.vit_parts import (
   AttentionPool,
@@ -306,6 +306,9 @@ FAMILY = Family(
         'stochastic_depth', 'remat',
     )
   ),  # fmt: skip
+  draw=lambda model, g: vit_graph.draw(
+    from_config(model, Ops()).o, model.image_size, g
+  ),
   stream=stream,
   tells=True,
   cuts=cuts,

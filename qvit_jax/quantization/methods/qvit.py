@@ -14,7 +14,7 @@ from qvit_jax.errors import QuantError
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.learned_core import LEARNED, LearnedCore
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
 
 
 def rectify(
@@ -44,7 +44,7 @@ def rectify(
 def _statistics(x, form: str):
   axes = (1, 3) if form == 'paper' else (3,)
   mean = x.mean(axis=axes, keepdims=True)
-  return mean, jnp.sqrt(x.var(axis=axes, keepdims=True) + _EPSILON)
+  return mean, jnp.sqrt(x.var(axis=axes, keepdims=True) + EPSILON)
 
 
 def rectifier(form: str) -> 'Rectifier | None':
