@@ -92,12 +92,13 @@ class Program:
     return [node for node in self.nodes if value in node.inputs]
 
 
-def program(config: Any, packed: Packed) -> Program:
+def program(config: Any, packed: Packed, *, merges: bool = True) -> Program:
   """Returns what a model computes.
 
   Args:
     config: Of a model without norms that can be folded.
     packed: Its numbers; of a float model those of `FloatCore`.
+    merges: Whether factors behind a layer are part of it.
 
   Raises:
     ExportError: The family does not say what its models compute.
@@ -110,7 +111,7 @@ def program(config: Any, packed: Packed) -> Program:
     for collection in ('params', 'quant')
     for path, x in _flatten(packed.variables.get(collection, {})).items()
   }
-  nodes, gains = _merged(graph, flat)
+  nodes, gains = _merged(graph, flat) if merges else (graph.nodes, {})
   products = {
     site.path: _product(site, packed, flat, gains.get(site.path))
     for site in packed.plan.sites

@@ -57,14 +57,18 @@ class Writer:
     self._inputs.append(self._value(name, dtype, shape))
     return name
 
-  def output(self, value: str, name: str, shape: Sequence[Any]) -> None:
-    """Declares a float32 output, under a name of its own."""
+  def output(
+    self, value: str, name: str, shape: Sequence[Any] | None
+  ) -> None:
+    """Declares a float32 output under a name; its shape may be unknown."""
     self.node('Identity', value, output=name)
     self._outputs.append(self._value(name, np.float32, shape))
 
   def _value(self, name, dtype, shape):
     kind = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return self._onnx.helper.make_tensor_value_info(name, kind, list(shape))
+    return self._onnx.helper.make_tensor_value_info(
+      name, kind, None if shape is None else list(shape)
+    )
 
   def constant(self, x: Any, dtype: Any = np.float32) -> str:
     """Returns the name of a constant; equal ones are stored once."""

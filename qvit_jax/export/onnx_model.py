@@ -47,6 +47,16 @@ def make_model(
   )
 
 
+def make_products(config: Any, packed: Packed) -> Any:
+  """Returns an onnx.ModelProto of all products, each with its own operands.
+
+  Inputs 'PATH:lhs' and 'PATH:rhs' are what `ops.Core` is handed for a product,
+  outputs 'PATH' what its layer gives.
+  """
+  program = graph.program(config, packed, merges=False)
+  return _Translation(program, profiles.choose(program)).products()
+
+
 def missing_ranges(config: Any, packed: Packed) -> tuple[str, ...]:
   """Returns the convolutions whose results have no calibrated range.
 
@@ -111,6 +121,31 @@ class _Translation:
     classes = program.products[program.nodes[-1].path].site.rhs_shape[1]
     w.output(self.values[program.output], 'logits', (BATCH, classes))
     return w.model({'profile': self.profile, **facts})
+
+  def products(self) -> Any:
+    """Returns the ModelProto of all products by themselves."""
+    w = self.w
+    for node in self.program.nodes:
+      p = self.program.products.get(node.path)
+      if p is None or node.kind not in ('dense', 'conv', 'product'):
+        continue
+      w.path, names = node.path, [f'{node.path}:lhs']
+      shapes = [p.site.lhs_shape]
+      if not p.site.is_layer:
+        names, shapes = [*names, f'{node.path}:rhs'], [*shapes, p.site.rhs_shape]
+      x = [
+        w.input(name, np.float32, (BATCH, *shape))
+        for name, shape in zip(names, shapes, strict=True)
+      ]
+      if node.kind == 'product':
+        y = self._multiplied(node, *x)
+      elif node.kind == 'dense':
+        y = onnx_products.layer(w, *x, p)
+      else:
+        y = onnx_products.layer(w, w.transpose(*x, 0, 3, 1, 2), p)
+        y = w.transpose(y, 0, 2, 3, 1)
+      w.output(y, node.path, None)
+    return w.model({})
 
   # Operations, by the names of `models.graph`.
 
@@ -184,12 +219,19 @@ class _Translation:
       x = self._bounded(x, least, most)
     return onnx_products.coded(w, x, codes, bits)
 
-  def _product(self, node: Node, a: str, b: str) -> str:
+  def _multiplied(self, node: Node, a: str, b: str) -> str:
     w, p = self.w, self.program.products[node.path]
     if node.facts['of'] == 'qk':
       a, b = w.transpose(a, 0, 2, 1, 3), w.transpose(b, 0, 2, 3, 1)
-      return onnx_products.attention(w, a, b, p)
-    y = onnx_products.attention(w, a, w.transpose(b, 0, 2, 1, 3), p)
+    else:
+      b = w.transpose(b, 0, 2, 1, 3)
+    return onnx_products.attention(w, a, b, p)
+
+  def _product(self, node: Node, a: str, b: str) -> str:
+    w, p = self.w, self.program.products[node.path]
+    y = self._multiplied(node, a, b)
+    if node.facts['of'] == 'qk':
+      return y
     y = w.transpose(y, 0, 2, 1, 3)
     _, heads, dim = p.site.rhs_shape
     return w.reshape(y, (0, 0, heads * dim))

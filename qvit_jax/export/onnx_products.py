@@ -8,6 +8,7 @@ Codes that each row finds are in `onnx_rows`.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import scipy.linalg
@@ -114,7 +115,10 @@ def _weights(w: Writer, kernel: Kernel) -> str:
   """Returns a packed kernel [i, o], dequantized in the graph."""
   codes, facts, scale = kernel.codes, {'axis': 1}, kernel.scale[0]
   if len(kernel.scale) > 1:
-    facts, scale = {'axis': 0, 'block_size': kernel.group}, kernel.scale
+    # Blocks that divide the rows, as OpenVINO asks.
+    size = math.gcd(len(codes), kernel.group)
+    scale = np.repeat(kernel.scale, kernel.group // size, axis=0)
+    facts, scale = {'axis': 0, 'block_size': size}, scale[: len(codes) // size]
   return w.node('DequantizeLinear', _stored(w, kernel, codes),
                 w.constant(scale), **facts)  # fmt: skip
 

@@ -1,0 +1,176 @@
+"""ONNX files beside our own evaluation, in the runtimes themselves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+
+from qvit_jax import models
+from qvit_jax.errors import ExportError
+from qvit_jax.experiment.model import folded
+from qvit_jax.export import onnx_model
+from qvit_jax.ops import SiteConv, SiteDense, SiteProduct
+from tests import small_cnns, small_models
+
+KINDS = {
+  'vit': {},
+  'clip': small_models.CLIP,
+  'siglip': small_models.SIGLIP,
+  'dinov3': small_models.DINOV3,
+  'dinov3_plus': small_models.DINOV3_PLUS,
+  'scaled': {'layer_scale': 0.1, 'qk_norm': True, 'pool': 'token_mean'},
+  'probed': {'pool': 'token_attention', 'registers': 2},
+  'averaged': {'pool': 'patch_mean', 'norm_after_pool': True},
+}
+ROWS = {
+  'fp32': 'float',
+  'int8_static': 'qdq',
+  'int8_dynamic': 'dynamic',
+  'w4a4': 'dynamic',
+  'int8_weight_only': 'weight_only',
+  'int4_weight_only': 'weight_only',
+  'int4_weight_only_g32': 'weight_only',
+}
+# Each row meets two kinds of backbone, each kind one or two rows.
+PAIRS = [
+  (kind, row)
+  for i, row in enumerate(ROWS)
+  for j, kind in enumerate(KINDS)
+  if (i + j) % 4 == 0
+]
+
+
+def in_onnxruntime(model, feed):
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3
+  options.add_session_config_entry(
+    'session.qdq_matmulnbits_accuracy_level', '1'
+  )
+  session = onnxruntime.InferenceSession(
+    model.SerializeToString(), options, providers=['CPUExecutionProvider']
+  )
+  names = [output.name for output in session.get_outputs()]
+  return dict(zip(names, session.run(None, feed), strict=True))
+
+
+def in_openvino(model, feed):
+  core = openvino.Core()
+  compiled = core.compile_model(
+    core.read_model(model.SerializeToString()), 'CPU',
+    {'INFERENCE_PRECISION_HINT': 'f32',
+     'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0'},
+  )  # fmt: skip
+  return {
+    name: np.asarray(x)
+    for key, x in compiled(feed).items()
+    for name in key.names
+  }
+
+
+RUNTIMES = {'onnxruntime': in_onnxruntime, 'openvino': in_openvino}
+
+
+@functools.cache
+def vit(kind):
+  """Returns config, parameters and statistics of a small backbone."""
+  config = small_models.rich_config(**KINDS[kind])
+  params = small_models.random_params(config)
+  images = [small_models.normal((16, 8, 8, 3), 1)]
+  stats = small_models.collect(config, params, images, hessians=True)
+  return config, params, stats
+
+
+@functools.cache
+def packed_vit(kind, row):
+  config, params, stats = vit(kind)
+  return config, small_models.pack(config, row, params, stats)
+
+
+def images_of(config):
+  size = config.model.image_size
+  return np.asarray(small_models.normal((5, size, size, 3), 2))
+
+
+def seen(config, packed):
+  """Returns operands and results of every product, by path."""
+
+  def tap(module, site, lhs, rhs, dims):
+    module.sow('operands', 'lhs', lhs)
+    if not site.is_layer:
+      module.sow('operands', 'rhs', rhs)
+
+  ops = dataclasses.replace(packed.ops, tap=tap)
+  model = models.build_model(config, ops)
+  kinds = SiteDense, SiteConv, SiteProduct
+
+  @jax.jit
+  def run(images):
+    return model.apply(
+      packed.variables, images, mutable=['operands', 'intermediates'],
+      capture_intermediates=lambda module, _: isinstance(module, kinds),
+    )[1]  # fmt: skip
+
+  found = run(jnp.asarray(images_of(config)))
+  operands, results = {}, {}
+  for site in packed.plan.sites:
+    node, result = found['operands'], found['intermediates']
+    for key in site.path.split('/'):
+      node, result = node[key], result[key]
+    for side, x in node.items():
+      operands[f'{site.path}:{side}'] = np.asarray(x[0], np.float32)
+    results[site.path] = np.asarray(result['__call__'][0], np.float32)
+  return operands, results
+
+
+def check_products(config, packed):
+  """Every product gives our result of our operands: the codes are equal.
+
+  But for what lies halfway between two levels: XLA multiplies by the inverse of
+  a scale, onnxruntime divides.
+  """
+  operands, results = seen(config, packed)
+  model = onnx_model.make_products(config, packed)
+  found = in_onnxruntime(model, operands)
+  assert set(found) == {site.path for site in packed.plan.sites}
+  for path, expected in results.items():
+    got, most = found[path].reshape(expected.shape), np.abs(expected).max()
+    # One code that is another changes far more than this.
+    is_equal = np.abs(got - expected) < 1e-5 * most
+    assert is_equal.mean() > 0.95, path
+    np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * most)
+
+
+def check_logits(config, packed, profile, **given):
+  """Both runtimes give our logits, as far as the profile runs in them."""
+  model = onnx_model.make_model(config, packed, **given)
+  onnx.checker.check_model(model, full_check=profile != 'dynamic')
+  facts = {p.key: p.value for p in model.metadata_props}
+  assert facts['profile'] == profile
+  images = images_of(config)
+  expected = small_models.packed_logits(config, packed, images)
+  for name, run in RUNTIMES.items():
+    if (name, profile) != ('openvino', 'dynamic'):
+      found = run(model, {'images': images})['logits']
+      assert found.shape == expected.shape
+      error = np.abs(found - expected).max() / np.abs(expected).max()
+      assert error < (1e-5 if profile in ('float', 'weight_only') else 0.05)
+
+
+@pytest.mark.parametrize(('kind', 'row'), PAIRS)
+def test_runtimes_give_the_logits_of_a_transformer(kind, row):
+  config, packed = packed_vit(kind, row)
+  check_logits(config, packed, ROWS[row])
+
+
+@pytest.mark.parametrize(
+  ('kind', 'row'),
+  [('vit', 'int8_static'), ('dinov3', 'int8_dynamic'), ('siglip', 'w4a4')],
+)
+def test_products_of_a_transformer_have_our_codes(kind, row):
+  check_products(*packed_vit(kind, row))
