@@ -26,7 +26,7 @@ def check(config: Any, context: Any) -> None:
     ]
     raise ConfigError(
       f'quant.recipe={config.quant.recipe!r} stands for a packed model, which '
-      f'only --mode=eval and --mode=predict read; for --mode={mode.name} set '
+      f'only --mode=eval, predict and export read; for --mode={mode.name} set '
       f'--config.quant.recipe={_listed(names)}'
     )
   _check_granularity(config, method)

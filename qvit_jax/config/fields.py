@@ -157,8 +157,8 @@ SPLITS = Need(
   'mesh.fsdp is 1 and splits no array; set --config.mesh.fsdp=2 or more',
 )
 HAS_LAYOUT = Need(
-  lambda c: c.export.format != 'packed',
-  "export.format is 'packed', whose names are our own; set "
+  lambda c: c.export.format in ('safetensors', 'npz'),
+  'only weights in the names of others have it; set '
   '--config.export.format=safetensors',
 )
 NO_SIZE = Need(

@@ -1,1 +1,1 @@
-"""Files that other runtimes execute, and these runtimes."""
+"""Models as programs that run without this project."""

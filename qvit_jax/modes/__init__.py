@@ -145,11 +145,12 @@ _TABLE = (
   ),
   Mode(
     'export',
-    'write the weights in the layout of timm, transformers or others, or '
-    'packed into integers',
+    'write the weights in the layout of timm, transformers or others, '
+    'packed into integers, or as a program for runtimes',
     'export:export',
     ignores=('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed', 'ptq',
              *_TRAINING, *_AUGMENTED),
+    takes_packed=True,
     needs_whole=True,
     processes='one',
   ),

@@ -1,19 +1,16 @@
 """What `--mode=export` writes of parameters in the layout of others."""
 
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from qvit_jax import models, tree, weights
-from qvit_jax.errors import ExportError
-from qvit_jax.experiment import checks, sources
 from qvit_jax.experiment.model import Model
-from qvit_jax.modes import packing, session
+from qvit_jax.modes import deploy, packing, session, stablehlo
 from qvit_jax.modes.session import say
-from qvit_jax.store import files, runs
+from qvit_jax.store import files
 from qvit_jax.store import tensors as tensor_files
 
 
@@ -26,7 +23,7 @@ def write_weights(
     ExportError: There is nothing to export, or not for this model.
   """
   config, kind = model.config, model.config.export
-  params, facts = _read(model, place, say)
+  params, facts = deploy.float_arrays(model, place, say)
   if model.method.quantizes:
     say('note: the float parameters are written; this form knows no bits')
   if model.ops.rectify:
@@ -70,46 +67,21 @@ def write_weights(
   )
 
 
-def _read(
-  model: Model, place: pathlib.Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the parameters by path, and what else is known of them."""
-  config = model.config
-  source = sources.find(config, place)
-  path, has_own = source.path, runs.has_steps(place)
-  if source == sources.Source('run', str(place)) and not has_own:
-    raise ExportError(
-      f'{place} holds no checkpoint to export; train there first, or set '
-      '--config.checkpoint.path= or --config.weights.path='
-    )
-  params, report = weights.read_weights(path, model.shapes)
-  if report.reinitialised:
-    why = next(iter(report.reinitialised.values()))
-    advice = 'train first (--mode=train)'
-    if theirs := re.match(r'(\d+) classes there', why):
-      advice += f' or set --config.model.num_classes={theirs[1]}'
-    raise ExportError(
-      f'{path} brings no {", ".join(report.reinitialised)}: {why}; {advice}'
-    )
-  report.notes += checks.compare_facts(report, config)
-  for line in report.lines():
-    say(f'start     {line}')
-  if has_own and config.weights.path:
-    say('note: there is a checkpoint, so weights.path is not read')
-  there = report.facts.get('norm_eps', config.model.norm_eps)
-  if there != config.model.norm_eps:
-    raise ExportError(
-      f'{path} was trained with norm_eps={there:g}, the model here has '
-      f'{config.model.norm_eps:g}; set --config.model.norm_eps={there:g}'
-    )
-  return params, report.facts
+# Forms for runtimes, which hold the program and not the weights alone.
+_PROGRAMS = {'stablehlo': stablehlo.write}
 
 
 def export(config: Any, workdir: str) -> None:
-  """Writes a packed model, or float parameters in the layout of others."""
+  """Writes a model for runtimes, a packed one, or parameters for others."""
   with session.opened(workdir) as place:
-    model = Model(config)
     say('mode      export')
+    if write := _PROGRAMS.get(config.export.format):
+      config, packed = deploy.subject(config, place, say)
+      say(f'model     {Model(config, packed).title}')
+      write(config, packed, place, say)
+      return
+    deploy.check_unpacked(config)
+    model = Model(config)
     say(f'model     {model.title}')
     if config.export.format == 'packed':
       packing.write_packed(model, place, say)

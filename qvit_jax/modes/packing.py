@@ -9,11 +9,10 @@ import numpy as np
 
 from qvit_jax import models, tree
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import checks
 from qvit_jax.experiment.model import Model, folded
-from qvit_jax.quantization.methods.packing import pack
+from qvit_jax.modes import deploy
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import artifacts, files, runs
+from qvit_jax.store import artifacts, files
 
 NAME = 'model.packed.safetensors'
 _IMAGES = 32  # random ones, on which logits are compared
@@ -35,15 +34,7 @@ def write_packed(
       f'quant.recipe is {config.quant.recipe!r}; set it to that of the run, or '
       'pack a float run with --mode=ptq'
     )
-  path = config.checkpoint.path or str(place)
-  run = runs.open_run(path)
-  checks.check_same(model, run, same_plan=True)
-  variables = run.read_evaluated(runs.own_device())
-  say(f'start     {run.place}')
-  packed = pack(
-    model.method, variables, model.plan, model.ops, config.model.dtype,
-    statistics=models.statistics(config),
-  )  # fmt: skip
+  variables, run, packed = deploy.packed_run(model, place, say)
   target = place / 'export' / NAME
   facts = models.architecture(folded(config))
   size = artifacts.save(

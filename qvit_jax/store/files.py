@@ -18,10 +18,15 @@ _ANEW = 'delete it and run the same command again'
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Replaces a file in one step: a reader sees the old or the new text."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Replaces a file in one step: a reader sees the old or the new bytes."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.write(text)
+    with open(temporary, 'wb') as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)

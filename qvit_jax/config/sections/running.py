@@ -47,9 +47,11 @@ FIELDS = (
     'Updates between saves; 0 = at each evaluation.',
   ),
   Field(
-    'export.format', 'safetensors', one_of('safetensors', 'npz', 'packed'),
-    "'safetensors' | 'npz' | 'packed' (the integers of a run with any "
-    "quant.recipe but 'none'; layout has no effect)",
+    'export.format', 'safetensors',
+    one_of('safetensors', 'npz', 'packed', 'stablehlo'),
+    "'safetensors' | 'npz' (weights in a layout) | 'packed' (the integers of a "
+    "run with any quant.recipe but 'none') | 'stablehlo' (the program of "
+    'jax.export with its weights, of a run or a packed file)',
   ),
   Field(
     'export.layout', 'timm', ANY,
