@@ -391,9 +391,10 @@ ptq
   ptq.calibration_path = ''
     A folder `calibration` that an earlier run of the same weights wrote; '' =
     the workdir's own.
-  ptq.range = 'mse'
-    Of static activations, and of a start from quant.calibration_path: 'minmax'
-    | 'moving_average' | 'percentile' | 'mse' | 'entropy'
+  ptq.range = 'auto'
+    Of static activations, and of a start from quant.calibration_path: 'auto'
+    (what measured best at the row's bits; 'mse' at such a start) | 'minmax' |
+    'moving_average' | 'percentile' | 'mse' | 'entropy'
   ptq.scales = 'per_tensor'
     Static scales: 'per_tensor' | 'per_position' (each token position; each head
     of attention products; each channel of values)

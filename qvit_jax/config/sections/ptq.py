@@ -45,9 +45,12 @@ FIELDS = (
     is_path=True,
   ),
   Field(
-    'ptq.range', 'mse',
-    one_of( 'minmax', 'moving_average', 'percentile', 'mse', 'entropy' ),
+    'ptq.range', 'auto',
+    one_of(
+      'auto', 'minmax', 'moving_average', 'percentile', 'mse', 'entropy'
+    ),
     'Of static activations, and of a start from quant.calibration_path: '
+    "'auto' (what measured best at the row's bits; 'mse' at such a start) | "
     "'minmax' | 'moving_average' | 'percentile' | 'mse' | 'entropy'",
     needs=(RANGES,),
   ),
