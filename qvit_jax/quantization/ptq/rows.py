@@ -113,9 +113,7 @@ class Row:
     return ', '.join(parts)
 
 
-def parse_row(
-  text: str, *, has_stream: bool = True, ranges: str = AUTO
-) -> Row:
+def parse_row(text: str, *, has_stream: bool = True, ranges: str = AUTO) -> Row:
   """Returns the row that a name of `ptq.rows` stands for.
 
   `w4a4+gptq` replaces the solvers that a row has by default; `w4a4+plain` has
@@ -270,16 +268,14 @@ def _base(base: str, text: str) -> Row:
     if weights in UNIFORM_BITS and acts in UNIFORM_BITS:
       static = found[3] is not None
       solvers = (_static_solvers if static else _solvers)(weights, acts)
-      return _uniform(
-        base, weights, acts, solvers=solvers, is_static=static
-      )
+      return _uniform(base, weights, acts, solvers=solvers, is_static=static)
     raise ConfigError(
       f'ptq.rows: {text!r} asks for bits outside '
       f'{", ".join(map(str, UNIFORM_BITS))}; choose among them'
     )
-  known = [*_NAMED, 'w8a8', 'w4a8', 'w4a4']
+  known = [*_NAMED, 'w8a8', 'w4a8', 'w4a4', 'w8a8_static', 'w4a8_static']
   near = difflib.get_close_matches(base, known, 1, 0.0)[0]
   raise ConfigError(
     f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
-    f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
+    f'and wXaY_static with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
   )
