@@ -380,10 +380,10 @@ ptq
       'w2a2+plain', 'int8_clip_99.9', 'mixed_simple', 'mixed_variance',
       'mixed_sensitivity')
     fp32 bf16 fp16, int8_dynamic int8_static int8_weight_only, int4_weight_only
-    (also _g32, _g64, _g128), wXaY with X and Y among 2..8, 10, 12, 16,
-    mixed_simple mixed_variance mixed_sensitivity, int8_clip_99.9 (also _99,
-    _95, and int4). `+gptq+rotate` replaces a row's own solvers, `+plain` is
-    min-max rounding. Solvers: rotate equalize absorb smooth_quant
+    (also _g32, _g64, _g128), wXaY with X and Y among 2..8, 10, 12, 16 (also
+    wXaY_static), mixed_simple mixed_variance mixed_sensitivity, int8_clip_99.9
+    (also _99, _95, and int4). `+gptq+rotate` replaces a row's own solvers,
+    `+plain` is min-max rounding. Solvers: rotate equalize absorb smooth_quant
     reparametrize, hadamard, per_tensor, gptq adaround, log2_softmax
     twin_softmax, bias_correction tune.
   ptq.calibration_examples = 256
@@ -391,9 +391,10 @@ ptq
   ptq.calibration_path = ''
     A folder `calibration` that an earlier run of the same weights wrote; '' =
     the workdir's own.
-  ptq.range = 'mse'
-    Of static activations, and of a start from quant.calibration_path: 'minmax'
-    | 'moving_average' | 'percentile' | 'mse' | 'entropy'
+  ptq.range = 'auto'
+    Of static activations, and of a start from quant.calibration_path: 'auto'
+    (what measured best at the row's bits; 'mse' at such a start) | 'minmax' |
+    'moving_average' | 'percentile' | 'mse' | 'entropy'
   ptq.scales = 'per_tensor'
     Static scales: 'per_tensor' | 'per_position' (each token position; each head
     of attention products; each channel of values)

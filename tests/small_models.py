@@ -7,6 +7,7 @@ import numpy as np
 from qvit_jax import models, tree
 from qvit_jax.quantization.ptq import apply as ptq
 from qvit_jax.quantization.ptq import calibrate, plans, rows
+from qvit_jax.quantization.ptq.ranges import AUTO
 from tests.conftest import make_digits_config
 
 
@@ -68,10 +69,10 @@ def seen(x, bins=2048):
   return calibrate.OperandStats(*ends, *ends, counts.astype(np.float32))
 
 
-def pack(config, name, params, stats=None, *, rules=(), **options):
+def pack(config, name, params, stats=None, *, rules=(), ranges=AUTO):
   """The packed model of a row; transforms see `stats` too."""
   stream, pairs = models.stream(config), models.pairs(config)
-  row = rows.parse_row(name, has_stream=stream is not None)
+  row = rows.parse_row(name, has_stream=stream is not None, ranges=ranges)
   sites = models.list_sites(config)
   params = ptq.transform(
     row, params, stream, lambda done, params: stats, seed=0, pairs=pairs
@@ -80,7 +81,7 @@ def pack(config, name, params, stats=None, *, rules=(), **options):
   if not row.is_float:
     bits = plans.plan_row(row, products(config, rules), params)
     planned = plans.plan_sites(row, bits, stream)
-  return ptq.apply_row(row, planned, params, sites, stats, **options)
+  return ptq.apply_row(row, planned, params, sites, stats)
 
 
 def products(config, rules=()):

@@ -23,6 +23,7 @@ from qvit_jax.experiment.model import folded
 from qvit_jax.ops import Ops
 from qvit_jax.quantization.methods.learned_start import calibrated_steps
 from qvit_jax.quantization.ptq import calibrate
+from qvit_jax.quantization.ptq.ranges import AUTO
 from qvit_jax.store import tensors
 
 _BATCH = 32
@@ -295,7 +296,9 @@ def learned_start(
         f'the float model that this run starts from, with --config.ptq.scales='
         f'{steps}, or leave the path out'
       )
-  found = calibrated_steps(model.ops.core, _read_stats(path), config.ptq.range)
+  # Steps are trained further, which a row's own choice was not measured for.
+  ranges = 'mse' if config.ptq.range == AUTO else config.ptq.range
+  found = calibrated_steps(model.ops.core, _read_stats(path), ranges)
   shapes = tree.flatten({'quant': model.shapes['quant']})
   started = {
     f'quant/{name}': np.asarray(x).reshape(shapes[f'quant/{name}'].shape)
@@ -303,5 +306,5 @@ def learned_start(
   }
   return started, (
     f'steps of activations from {path} ({facts["examples"]} images, range '
-    f'{config.ptq.range})'
+    f'{ranges})'
   )

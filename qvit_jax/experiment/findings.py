@@ -103,7 +103,7 @@ def histograms(
         row.name: [
           float(end)
           for end in ptq.row_range(
-            row, plan[site.path], operand, config.ptq.range
+            row, plan[site.path], operand, even=ptq.is_even(site, side)
           )
         ]
         for row, plan in drawn.items()

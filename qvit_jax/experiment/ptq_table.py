@@ -118,7 +118,11 @@ class Table:
     self._check_mixed()
 
   def _parse(self, name: str) -> Row:
-    return parse_row(name, has_stream=self.stream is not None)
+    return parse_row(
+      name,
+      has_stream=self.stream is not None,
+      ranges=self.config.ptq.range,
+    )
 
   def _check_mixed(self) -> None:
     """Refuses choices, budgets and a damaged file before hours of rows."""
@@ -274,9 +278,7 @@ class Table:
     stats = None
     if row.needs_calibration:
       stats = self._observe(row.transforms, params)
-    packed = ptq.apply_row(
-      row, sites, params, self.sites, stats, ranges=self.config.ptq.range
-    )
+    packed = ptq.apply_row(row, sites, params, self.sites, stats)
     if 'tune' in row.solvers:
       packed = tune(
         lambda ops: build_model(self.config, ops, row.dtype),

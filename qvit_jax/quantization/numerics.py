@@ -68,6 +68,27 @@ def scale_of(
   return scale, round_through(-low / scale)
 
 
+def even_scale_of(
+  low: Float[Array, '*s'], high: Float[Array, '*s'], bits: int
+) -> tuple[Float[Array, '*s'], Float[Array, '*s']]:
+  """Returns (scale, zero) of codes from 0 that lie evenly about x = 0.
+
+  Less its zero such a code is a signed number of `bits` bits, which other
+  runtimes multiply without a zero point.
+
+  Args:
+    low: Smallest values, in the units of x.
+    high: Largest values.
+    bits: Of a code.
+
+  Returns:
+    scale: That of symmetric codes; > 0.
+    zero: 2**(bits-1).
+  """
+  scale, zero = scale_of(low, high, bits, symmetric=True)
+  return scale, zero + 2 ** (bits - 1)
+
+
 def to_codes(
   x: Float[Array, '...'],
   scale: Float[Array, '...'],

@@ -191,7 +191,7 @@ def test_transforms_help_coarse_static_scales(model, solver):
   stream = models.stream(config)
   found = {}
   for name in ('int8_static+plain', f'int8_static+{solver}'):
-    row = rows.parse_row(name)
+    row = rows.parse_row(name, ranges='minmax')
     changed = ptq.transform(row, params, stream, lambda *_: stats, seed=0)
     own = collect(config, changed, [images])
     planned = {
@@ -199,7 +199,7 @@ def test_transforms_help_coarse_static_scales(model, solver):
       for path, plan in plans.plan_row(row, products(config)).by_path.items()
     }
     packed = ptq.apply_row(
-      row, planned, changed, models.list_sites(config), own, ranges='minmax'
+      row, planned, changed, models.list_sites(config), own
     )
     found[name] = sqnr(wanted, packed_logits(config, packed, images))
   plain, solved = found.values()

@@ -28,11 +28,12 @@ FIELDS = (
     strings(),
     'fp32 bf16 fp16, int8_dynamic int8_static int8_weight_only, '
     'int4_weight_only (also _g32, _g64, _g128), wXaY with X and Y among 2..8, '
-    '10, 12, 16, mixed_simple mixed_variance mixed_sensitivity, '
-    'int8_clip_99.9 (also _99, _95, and int4). `+gptq+rotate` replaces a '
-    "row's own solvers, `+plain` is min-max rounding. Solvers: rotate "
-    'equalize absorb smooth_quant reparametrize, hadamard, per_tensor, gptq '
-    'adaround, log2_softmax twin_softmax, bias_correction tune.',
+    '10, 12, 16 (also wXaY_static), mixed_simple mixed_variance '
+    'mixed_sensitivity, int8_clip_99.9 (also _99, _95, and int4). '
+    "`+gptq+rotate` replaces a row's own solvers, `+plain` is min-max "
+    'rounding. Solvers: rotate equalize absorb smooth_quant reparametrize, '
+    'hadamard, per_tensor, gptq adaround, log2_softmax twin_softmax, '
+    'bias_correction tune.',
   ),
   Field(
     'ptq.calibration_examples', 256, ONE_UP,
@@ -45,9 +46,12 @@ FIELDS = (
     is_path=True,
   ),
   Field(
-    'ptq.range', 'mse',
-    one_of( 'minmax', 'moving_average', 'percentile', 'mse', 'entropy' ),
+    'ptq.range', 'auto',
+    one_of(
+      'auto', 'minmax', 'moving_average', 'percentile', 'mse', 'entropy'
+    ),
     'Of static activations, and of a start from quant.calibration_path: '
+    "'auto' (what measured best at the row's bits; 'mse' at such a start) | "
     "'minmax' | 'moving_average' | 'percentile' | 'mse' | 'entropy'",
     needs=(RANGES,),
   ),

@@ -19,7 +19,9 @@ def calibrated_steps(
   """Returns the steps and zero points of all activations by path.
 
   They are the scales of a static row of post-training quantization at the same
-  bits. Without learned zero points the codes are those of `lsq.fixed_zero`.
+  bits, but for query, key and value: a row centres their codes at 0, here a
+  zero point is learned. Without learned zero points the codes are those of
+  `lsq.fixed_zero`.
 
   Args:
     core: Its plan names the sites and their bits.

@@ -63,8 +63,6 @@ def apply_row(
   params: dict[str, np.ndarray],
   sites: Sequence[Site],
   stats: Mapping[str, SiteStats] | None,
-  *,
-  ranges: str = 'mse',
 ) -> Packed:
   """Returns the model as a row wants it.
 
@@ -75,7 +73,6 @@ def apply_row(
     sites: All products of the model.
     stats: What calibration saw of these parameters; None where the row needs
       nothing of it.
-    ranges: Of `ranges.RANGES`, for static activations.
 
   Raises:
     QuantError: Bits that cannot be packed, or values that are not finite; the
@@ -96,7 +93,7 @@ def apply_row(
         bias = _bias(rest, site.path)
         rest[f'{site.path}/bias'] = bias + correction.reshape(bias.shape)
     if plan.is_static:
-      quant |= _static_scales(row, site, plan, stats, ranges)
+      quant |= _static_scales(row, site, plan, stats)
   if row.dtype != 'float32':
     rest = {n: jnp.asarray(x).astype(row.dtype) for n, x in rest.items()}
   granularity = 'per_tensor' if row.is_static else 'per_token'
@@ -223,14 +220,16 @@ def _by_groups(rounds, w, hessian, scale, bits: int):
   return codes.swapaxes(0, 1).reshape(w.shape)
 
 
-def _static_scales(row: Row, site: Site, plan: SitePlan, stats, ranges: str):
+def _static_scales(row: Row, site: Site, plan: SitePlan, stats):
   """Returns the collection's entries of a calibrated site."""
   entries = {}
   for side, operand in static_operands(site, plan, stats[site.path]).items():
-    low, high = row_range(row, plan, operand, ranges)
-    scale, zero = numerics.scale_of(
-      jnp.asarray(low), jnp.asarray(high), plan.acts, symmetric=False
-    )
+    even = is_even(site, side)
+    ends = map(jnp.asarray, row_range(row, plan, operand, even=even))
+    if even:
+      scale, zero = numerics.even_scale_of(*ends, plan.acts)
+    else:
+      scale, zero = numerics.scale_of(*ends, plan.acts, symmetric=False)
     entries[f'{site.path}/{side}_scale'] = scale
     entries[f'{site.path}/{side}_zero'] = zero
   return entries
@@ -245,8 +244,20 @@ def static_operands(site: Site, plan: SitePlan, stats: SiteStats):
   return {'lhs': stats.lhs, 'rhs': stats.rhs}
 
 
-def row_range(row: Row, plan: SitePlan, operand, ranges: str):
+def is_even(site: Site, side: str) -> bool:
+  """Returns whether static codes of an operand lie evenly about 0.
+
+  Those of query, key and value do: runtimes that take a packed model run its
+  attention in integers then. Softmax weights and the inputs of layers have
+  another mean than 0.
+  """
+  return site.kind == 'qk' or (site.kind == 'av' and side == 'rhs')
+
+
+def row_range(row: Row, plan: SitePlan, operand, *, even: bool):
   """Returns the (low, high) that a static row gives an operand's codes."""
   if row.clip is not None:
-    return choose_range(operand, plan.acts, 'percentile', kept=row.clip)
-  return choose_range(operand, plan.acts, ranges)
+    return choose_range(
+      operand, plan.acts, 'percentile', kept=row.clip, even=even
+    )
+  return choose_range(operand, plan.acts, row.range, even=even)

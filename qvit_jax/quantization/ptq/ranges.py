@@ -6,6 +6,8 @@ from qvit_jax.quantization import numerics
 from qvit_jax.quantization.ptq.calibrate import OperandStats
 
 RANGES = ('minmax', 'moving_average', 'percentile', 'mse', 'entropy')
+# As a config's choice: what measured best at a row's bits, `rows.parse_row`.
+AUTO = 'auto'
 # Percent of the values that a percentile range keeps.
 _KEPT = 99.99
 _STEPS = 41
@@ -15,7 +17,12 @@ _Range = tuple[np.ndarray, np.ndarray]
 
 
 def choose_range(
-  stats: OperandStats, bits: int, method: str, *, kept: float = _KEPT
+  stats: OperandStats,
+  bits: int,
+  method: str,
+  *,
+  kept: float = _KEPT,
+  even: bool = False,
 ) -> _Range:
   """Returns the (low, high) that an operand's codes should cover.
 
@@ -29,6 +36,8 @@ def choose_range(
       distribution, by Kullback-Leibler divergence (Migacz 2017, "8-bit
       inference with TensorRT").
     kept: Percent.
+    even: Whether codes lie evenly about 0 (`numerics.even_scale_of`); then low
+      is -high.
 
   Returns:
     Two float32 arrays of the scale's shape.
@@ -44,9 +53,14 @@ def choose_range(
     if method == 'percentile':
       ends = _percentile(first, last, counts, kept)
     elif method == 'mse':
-      ends = _least_error(first, last, counts, bits)
+      search = _least_even_error if even else _least_error
+      ends = search(first, last, counts, bits)
     else:
-      ends = _entropy(first, last, counts, bits)
+      seen = first, last, counts
+      ends = _entropy(*(_evened(*seen) if even else seen), bits)
+  if even:
+    most = np.maximum(np.abs(ends[0]), np.abs(ends[1]))
+    ends = -most, most
   low, high = (np.asarray(end, np.float32).reshape(shape) for end in ends)
   return low, high
 
@@ -66,8 +80,7 @@ def _percentile(low, high, counts, kept: float) -> _Range:
 
 def _least_error(low, high, counts, bits: int) -> _Range:
   """Searches one end after the other, from everything and from percentiles."""
-  bins = (np.arange(counts.shape[1]) + 0.5) / counts.shape[1]
-  centers = low[:, None] + (high - low)[:, None] * bins
+  centers = _centers(low, high, counts)
   usual = _percentile(low, high, counts, _KEPT)
   best = np.full(low.shape, np.inf)
   chosen = [usual[0].copy(), usual[1].copy()]
@@ -79,7 +92,7 @@ def _least_error(low, high, counts, bits: int) -> _Range:
       for share in np.linspace(1.1, 0.1, _STEPS):
         now = [end.copy() for end in start]
         now[side] = now[side] * share
-        error = _squared_error(centers, counts, *now, bits)
+        error = _squared_error(centers, counts, *_coder(*now, bits), bits)
         better = error < own
         own = np.where(better, error, own)
         for end, value in zip(tried, now, strict=True):
@@ -91,12 +104,51 @@ def _least_error(low, high, counts, bits: int) -> _Range:
   return chosen[0], chosen[1]
 
 
-def _squared_error(centers, counts, low, high, bits: int) -> np.ndarray:
-  """Returns the summed squared error of rounding the bins' centers, [s]."""
+def _least_even_error(low, high, counts, bits: int) -> _Range:
+  """Searches the magnitude, from everything and from percentiles."""
+  centers = _centers(low, high, counts)
+  last = numerics.code_range(bits, symmetric=True)[1]
+  best, chosen = np.full(low.shape, np.inf), np.zeros(low.shape)
+  for ends in ((low, high), _percentile(low, high, counts, _KEPT)):
+    most = np.maximum(np.abs(ends[0]), np.abs(ends[1]))
+    for share in np.linspace(1.1, 0.1, _STEPS):
+      scale = np.maximum(most * share / last, _TINY)[:, None]
+      error = _squared_error(centers, counts, scale, last + 1, bits)
+      chosen = np.where(error < best, most * share, chosen)
+      best = np.minimum(error, best)
+  return -chosen, chosen
+
+
+def _centers(low, high, counts) -> np.ndarray:
+  """Returns the middles of the bins, [s, bins]."""
+  bins = (np.arange(counts.shape[1]) + 0.5) / counts.shape[1]
+  return low[:, None] + (high - low)[:, None] * bins
+
+
+def _evened(low, high, counts):
+  """Returns (-m, m, histograms between them) of what reaches m at most."""
+  most = np.maximum(np.abs(low), np.abs(high))
+  size, wide = counts.shape[1], []
+  for first, last, end, own in zip(low, high, most, counts, strict=True):
+    below = np.append(0, np.cumsum(own))
+    edges = np.linspace(first, max(last, first + _TINY), size + 1)
+    wide.append(
+      np.diff(np.interp(np.linspace(-end, end, size + 1), edges, below))
+    )
+  return -most, most, np.asarray(wide)
+
+
+def _coder(low, high, bits: int):
+  """Returns (scale, zero) [s, 1] of codes from low to high."""
   low, high = np.minimum(low, 0)[:, None], np.maximum(high, 0)[:, None]
   most = numerics.code_range(bits, symmetric=False)[1]
   scale = np.maximum((high - low) / most, _TINY)
-  zero = np.round(-low / scale)
+  return scale, np.round(-low / scale)
+
+
+def _squared_error(centers, counts, scale, zero, bits: int) -> np.ndarray:
+  """Returns the summed squared error of rounding the bins' centers, [s]."""
+  most = numerics.code_range(bits, symmetric=False)[1]
   codes = np.clip(np.round(centers / scale) + zero, 0, most)
   return (counts * np.square((codes - zero) * scale - centers)).sum(axis=1)
 

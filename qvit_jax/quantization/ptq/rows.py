@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvit_jax.errors import ConfigError
+from qvit_jax.quantization.ptq.ranges import AUTO
 from qvit_jax.quantization.ptq.solvers import SOLVERS
 from qvit_jax.quantization.spec import QuantSpec
 
@@ -26,8 +27,9 @@ class Row:
     default: Bits of layers where no rule says otherwise.
     attention: Bits of attention products where no rule says otherwise.
     is_static: Whether activation scales are calibrated; else dynamic.
-    clip: Percent of the activations that static scales cover; None: the range
-      of `ptq.range`.
+    range: Which part of what calibration saw static scales cover, one of
+      `ranges.RANGES`; '' where none are static, or `clip` says it.
+    clip: Percent of the activations that static scales cover; None: `range`.
     group: Input channels that share a weight scale; 0: all.
     mixed: One of MIXED where bits differ from site to site, else ''.
     is_plain: Whether weight scales just cover the largest weight; else they are
@@ -40,6 +42,7 @@ class Row:
   default: QuantSpec = QuantSpec()
   attention: QuantSpec = QuantSpec()
   is_static: bool = False
+  range: str = ''
   clip: float | None = None
   group: int = 0
   mixed: str = ''
@@ -97,7 +100,8 @@ class Row:
     elif self.mixed:
       parts = ['bits by sensitivity under a budget', 'dynamic per token']
     elif self.default.acts:
-      parts = ['static' if self.is_static else 'dynamic per token']
+      static = f'static {self.range}'.rstrip()
+      parts = [static if self.is_static else 'dynamic per token']
     else:
       parts = ['weights only']
     if self.clip is not None:
@@ -109,7 +113,7 @@ class Row:
     return ', '.join(parts)
 
 
-def parse_row(text: str, *, has_stream: bool = True) -> Row:
+def parse_row(text: str, *, has_stream: bool = True, ranges: str = AUTO) -> Row:
   """Returns the row that a name of `ptq.rows` stands for.
 
   `w4a4+gptq` replaces the solvers that a row has by default; `w4a4+plain` has
@@ -119,12 +123,17 @@ def parse_row(text: str, *, has_stream: bool = True) -> Row:
     text: Its name.
     has_stream: Whether the model has a residual stream; which solvers a row has
       by default depends on it.
+    ranges: Of static rows, one of `ranges.RANGES`; AUTO: what measured best at
+      the row's bits.
 
   Raises:
     ConfigError: An unknown row or solver; the nearest is named.
   """
   base, *asked = text.split('+')
   row = _base(base, text)
+  if row.is_static and row.clip is None:
+    chosen = _usual_range(row, has_stream) if ranges == AUTO else ranges
+    row = dataclasses.replace(row, range=chosen)
   if not asked:
     solvers = row.solvers if has_stream else _without_stream(row)
     return dataclasses.replace(row, name=text, solvers=solvers)
@@ -178,11 +187,23 @@ def _uniform(name: str, weights: int, acts: int, **more: Any) -> Row:
              attention=QuantSpec(None, acts), **more)  # fmt: skip
 
 
+def _usual_range(row: Row, has_stream: bool) -> str:
+  """Returns the range that measured best for a static row; docs/results.md."""
+  return 'minmax' if row.default.acts >= 8 and has_stream else 'mse'
+
+
 def _solvers(weights: int, acts: int) -> tuple[str, ...]:
   """Returns the best composition measured for the bits; docs/results.md."""
   if min(weights, acts) >= 8:
     return ()
   return ('rotate', 'hadamard', 'gptq') if acts <= 5 else ('rotate', 'gptq')
+
+
+def _static_solvers(weights: int, acts: int) -> tuple[str, ...]:
+  """Returns the same for calibrated activations, which no `hadamard` turns."""
+  if min(weights, acts) >= 8:
+    return ()
+  return ('rotate', 'gptq')
 
 
 def _without_stream(row: Row) -> tuple[str, ...]:
@@ -241,18 +262,20 @@ _NAMED = _named_rows()
 def _base(base: str, text: str) -> Row:
   if base in _NAMED:
     return _NAMED[base]
-  found = re.fullmatch(r'w(\d+)a(\d+)', base)
+  found = re.fullmatch(r'w(\d+)a(\d+)(_static)?', base)
   if found:
-    weights, acts = map(int, found.groups())
+    weights, acts = map(int, found.groups()[:2])
     if weights in UNIFORM_BITS and acts in UNIFORM_BITS:
-      return _uniform(base, weights, acts, solvers=_solvers(weights, acts))
+      static = found[3] is not None
+      solvers = (_static_solvers if static else _solvers)(weights, acts)
+      return _uniform(base, weights, acts, solvers=solvers, is_static=static)
     raise ConfigError(
       f'ptq.rows: {text!r} asks for bits outside '
       f'{", ".join(map(str, UNIFORM_BITS))}; choose among them'
     )
-  known = [*_NAMED, 'w8a8', 'w4a8', 'w4a4']
+  known = [*_NAMED, 'w8a8', 'w4a8', 'w4a4', 'w8a8_static', 'w4a8_static']
   near = difflib.get_close_matches(base, known, 1, 0.0)[0]
   raise ConfigError(
     f'ptq.rows: {text!r} is unknown; the nearest is {near!r} (others: wXaY '
-    f'with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
+    f'and wXaY_static with X and Y among {", ".join(map(str, UNIFORM_BITS))})'
   )
