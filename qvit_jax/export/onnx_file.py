@@ -122,7 +122,7 @@ class Writer:
     return self.node('Transpose', x, perm=axes)
 
   def reduce(self, op: str, x: str, *axes: int, keepdims: int = 1) -> str:
-    """Returns ReduceMin, ReduceMax or ReduceMean over axes."""
+    """Returns ReduceMin or another reduction over axes."""
     return self.node(
       op, x, self.constant(axes, np.int64), keepdims=keepdims
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qvit_jax.export import graph, onnx_products, profiles
+from qvit_jax.export import graph, onnx_pixels, onnx_products, profiles
 from qvit_jax.export.onnx_file import Writer
 from qvit_jax.models import IMAGES, Node
 from qvit_jax.models.convs import window_shares
@@ -28,8 +28,12 @@ def make_model(
   *,
   ranges: Ranges | None = None,
   facts: Mapping[str, str] | None = None,
+  preprocess: bool = False,
 ) -> Any:
   """Returns an onnx.ModelProto of a model.
+
+  Its input is 'images', normalised float32 [batch, h, w, 3], its output
+  'logits', float32 [batch, classes].
 
   Args:
     config: Of a model without norms that can be folded.
@@ -37,14 +41,16 @@ def make_model(
     profile: One of `profiles.PROFILES`; '' for the one of its bits.
     ranges: Of the convolutions that `missing_ranges` names.
     facts: More of what the file says of itself.
+    preprocess: Whether the input is 'pixels' instead, uint8 of any size, which
+      the file resizes and normalises.
 
   Raises:
     ExportError: The package onnx is missing, or no profile holds the model.
   """
   program = graph.program(config, packed)
-  return _Translation(program, profiles.choose(program, profile)).model(
-    dict(ranges or {}), dict(facts or {})
-  )
+  made = _Translation(program, profiles.choose(program, profile))
+  made.ranges = dict(ranges or {})
+  return made.model(dict(facts or {}), config.data if preprocess else None)
 
 
 def make_products(config: Any, packed: Packed) -> Any:
@@ -107,12 +113,20 @@ class _Translation:
     self.sizes: dict[str, tuple[int, int]] = {}
     self.ranges: Ranges = {}
 
-  def model(self, ranges: Ranges, facts: dict[str, str]) -> Any:
-    """Returns the ModelProto."""
+  def model(self, facts: dict[str, str], data: Any = None) -> Any:
+    """Returns the ModelProto.
+
+    Args:
+      facts: What it says of itself, beside its profile.
+      data: Section of a config by which pixels are prepared; None: they are.
+    """
     program, w = self.program, self.w
-    self.ranges, size = ranges, program.image_size
-    shape = (BATCH, size, size, 3)
-    self.values[IMAGES] = w.input(IMAGES, np.float32, shape)
+    size = program.image_size
+    if data is not None:
+      self.values[IMAGES] = onnx_pixels.prepared(w, size, data, BATCH)
+    else:
+      shape = (BATCH, size, size, 3)
+      self.values[IMAGES] = w.input(IMAGES, np.float32, shape)
     for node in program.nodes:
       w.path = node.path or node.output.replace(':', '_')
       inputs = [self.values[x] for x in node.inputs]
@@ -132,7 +146,8 @@ class _Translation:
       w.path, names = node.path, [f'{node.path}:lhs']
       shapes = [p.site.lhs_shape]
       if not p.site.is_layer:
-        names, shapes = [*names, f'{node.path}:rhs'], [*shapes, p.site.rhs_shape]
+        names += [f'{node.path}:rhs']
+        shapes += [p.site.rhs_shape]
       x = [
         w.input(name, np.float32, (BATCH, *shape))
         for name, shape in zip(names, shapes, strict=True)
