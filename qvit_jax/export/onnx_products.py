@@ -41,8 +41,12 @@ def layer(w: Writer, x: str, p: Product) -> str:
   if plan.acts:
     x = coded(w, x, p.lhs, plan.acts)
   if p.site.window is None:
+    is_vector = len(shape) == 1 and plan.acts
+    if is_vector:  # onnxruntime makes a float Gemm of two axes and a bias
+      x = w.reshape(x, (-1, 1, *shape))
     y = w.node('MatMul', x, _matrix(w, p.kernel))
-    return w.node('Add', y, bias)
+    y = w.node('Add', y, bias)
+    return w.reshape(y, (-1, p.site.rhs_shape[1])) if is_vector else y
   kernel = p.kernel
   if plan.acts:
     kernel, bias = _integer_bias(w, p)

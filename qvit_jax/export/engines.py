@@ -1,0 +1,216 @@
+"""Runtimes that execute ONNX files, as engines: onnxruntime and OpenVINO.
+
+Both multiply integers as the file says and compute the rest in float32: no
+hidden bfloat16, no rounding of activations that the file does not ask for.
+"""
+
+import abc
+import collections
+import dataclasses
+import importlib
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qvit_jax.errors import ConfigError, ExportError
+
+# Operators by how they multiply, in the optimized graphs.
+_INTEGER = (
+  'QLinearMatMul', 'MatMulInteger', 'MatMulIntegerToFloat',
+  'DynamicQuantizeMatMul', 'QGemm', 'QLinearConv', 'ConvInteger',
+)  # fmt: skip
+_PACKED = ('MatMulNBits',)
+_FLOAT = ('MatMul', 'FusedMatMul', 'Gemm', 'FusedGemm', 'Conv', 'FusedConv',
+          'NhwcFusedConv', 'Attention', 'MultiHeadAttention')  # fmt: skip
+_PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution',
+             'ScaledDotProductAttention')  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """How many products an engine runs in which way.
+
+  Attributes:
+    integer: Of two integers.
+    packed: Of float activations and packed weights.
+    float: Of float numbers.
+    names: Operators of the engine and their counts.
+  """
+
+  integer: int
+  packed: int
+  float: int
+  names: Mapping[str, int]
+
+
+class Engine(abc.ABC):
+  """An ONNX model that was loaded by a runtime.
+
+  Attributes:
+    name: Of the runtime.
+    version: Of its package.
+  """
+
+  name: str
+  version: str
+
+  @abc.abstractmethod
+  def run_all(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns every output by name, of inputs by name."""
+
+  @abc.abstractmethod
+  def kernels(self) -> Kernels:
+    """Returns how the products run after the runtime's own optimizations."""
+
+  def run(self, images: np.ndarray) -> np.ndarray:
+    """Returns float32 logits [b, classes] of normalised images [b, h, w, 3]."""
+    return self.run_all({'images': images})['logits']
+
+
+def _package(name: str, install: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ConfigError(
+      f'the engine {name} is not installed; run pip install -r {install}, or '
+      'set --config.eval.engine=jax'
+    ) from error
+
+
+class _OnnxRuntime(Engine):
+  name = 'onnxruntime'
+
+  def __init__(self, content: bytes, threads: int):
+    package = _package(self.name, 'requirements-onnx.txt')
+    self.version = package.__version__
+    options = package.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    options.intra_op_num_threads = threads
+    # Weights are packed, activations stay float32: no level 4 (int8).
+    options.add_session_config_entry(
+      'session.qdq_matmulnbits_accuracy_level', '1'
+    )
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / 'optimized.onnx'
+      options.optimized_model_filepath = str(path)
+      self._session = _loaded(
+        lambda: package.InferenceSession(
+          content, options, providers=['CPUExecutionProvider']
+        ),
+        self,
+      )
+      graph = importlib.import_module('onnx').load(path).graph
+    self._names = collections.Counter(node.op_type for node in graph.node)
+
+  def run_all(self, feed):
+    """See `Engine`."""
+    names = [output.name for output in self._session.get_outputs()]
+    return dict(zip(names, self._session.run(None, feed), strict=True))
+
+  def kernels(self) -> Kernels:
+    """See `Engine`."""
+    count = lambda names: sum(self._names[name] for name in names)
+    return Kernels(count(_INTEGER), count(_PACKED), count(_FLOAT), self._names)
+
+
+class _OpenVino(Engine):
+  name = 'openvino'
+
+  def __init__(self, content: bytes, threads: int):
+    package = _package(self.name, 'requirements-openvino.txt')
+    self.version = package.__version__.partition('-')[0]
+    core = package.Core()
+    wanted = {
+      'INFERENCE_PRECISION_HINT': 'f32',
+      'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0',
+      'PERFORMANCE_HINT': 'LATENCY',  # one image after the other, all cores
+    }
+    if threads:
+      wanted['INFERENCE_NUM_THREADS'] = str(threads)
+    self._model = _loaded(
+      lambda: core.compile_model(core.read_model(content), 'CPU', wanted), self
+    )
+
+  def run_all(self, feed):
+    """See `Engine`."""
+    return {
+      name: np.asarray(x)
+      for key, x in self._model(feed).items()
+      for name in key.names
+    }
+
+  def kernels(self) -> Kernels:
+    """See `Engine`."""
+    names: collections.Counter = collections.Counter()
+    ways: collections.Counter = collections.Counter()
+    for node in self._model.get_runtime_model().get_ops():
+      facts = node.get_rt_info()
+      kind, precision = (
+        str(facts[key].astype(str)) for key in ('layerType', 'runtimePrecision')
+      )
+      count = int(kind in _PRODUCTS)
+      if kind == 'Subgraph':  # a whole attention: two products
+        made_of = str(facts['originalLayersNames'].astype(str)).split(',')
+        count = sum('/MatMul:' in name for name in made_of)
+      if count:
+        names[f'{kind} {precision}'] += 1
+        ways[_way(precision, facts)] += count
+    return Kernels(ways['integer'], ways['packed'], ways['float'], names)
+
+
+def _way(precision: str, facts: Any) -> str:
+  """Returns how OpenVINO runs a product."""
+  if precision not in ('i8', 'u8', 'i4', 'u4'):
+    return 'float'
+  kind = str(facts['primitiveType'].astype(str))
+  # Decompressed as they are read: the activations are float.
+  return 'packed' if precision in ('i4', 'u4') or 'f32' in kind else 'integer'
+
+
+def _loaded(load: Any, engine: Engine) -> Any:
+  """Returns what a runtime makes of a file.
+
+  Raises:
+    ExportError: It does not take it.
+  """
+  try:
+    return load()
+  except Exception as error:  # runtimes raise what they like
+    text = ' '.join(str(error).split())[:200]
+    raise ExportError(
+      f'{engine.name} {engine.version} does not load the file: {text}; give '
+      'another row or another --config.export.profile'
+    ) from error
+
+
+ENGINES = {'onnxruntime': _OnnxRuntime, 'openvino': _OpenVino}
+
+
+def open_engine(name: str, model: Any, threads: int = 0) -> Engine:
+  """Returns an engine that has loaded a model.
+
+  Args:
+    name: 'onnxruntime' or 'openvino'.
+    model: onnx.ModelProto.
+    threads: Of one call; 0: the runtime's own choice, all cores.
+
+  Raises:
+    ConfigError: The runtime is not installed.
+    ExportError: It does not load the file.
+  """
+  return ENGINES[name](model.SerializeToString(), threads)
+
+
+def installed() -> tuple[str, ...]:
+  """Returns the names of the engines whose packages are there."""
+  return tuple(
+    name for name in ENGINES if importlib.util.find_spec(name) is not None
+  )
+
+
+def runs_in(name: str, profile: str) -> bool:
+  """Returns whether an engine has the operators of a profile."""
+  return (name, profile) != ('openvino', 'dynamic')
