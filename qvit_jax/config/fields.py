@@ -156,6 +156,12 @@ SPLITS = Need(
   lambda c: c.mesh.fsdp > 1,
   'mesh.fsdp is 1 and splits no array; set --config.mesh.fsdp=2 or more',
 )
+# Forms of an ONNX file; `export.profiles` says which holds what.
+PROFILES = ('qdq', 'dynamic', 'weight_only', 'float')
+WRITES_ONNX = Need(
+  lambda c: c.export.format == 'onnx',
+  'no ONNX file is written; set --config.export.format=onnx',
+)
 HAS_LAYOUT = Need(
   lambda c: c.export.format in ('safetensors', 'npz'),
   'only weights in the names of others have it; set '

@@ -8,7 +8,9 @@ import abc
 import collections
 import dataclasses
 import importlib
+import importlib.util
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +19,10 @@ import numpy as np
 
 from qvit_jax.errors import ConfigError, ExportError
 
+REQUIREMENTS = {
+  'onnxruntime': 'requirements-onnx.txt',
+  'openvino': 'requirements-openvino.txt',
+}
 # Operators by how they multiply, in the optimized graphs.
 _INTEGER = (
   'QLinearMatMul', 'MatMulInteger', 'MatMulIntegerToFloat',
@@ -27,6 +33,8 @@ _FLOAT = ('MatMul', 'FusedMatMul', 'Gemm', 'FusedGemm', 'Conv', 'FusedConv',
           'NhwcFusedConv', 'Attention', 'MultiHeadAttention')  # fmt: skip
 _PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution',
              'ScaledDotProductAttention')  # fmt: skip
+# Names that the writer gives to products of attention.
+_IS_PRODUCT = re.compile(r'/(qk|av)/MatMul:\d+$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +78,13 @@ class Engine(abc.ABC):
     return self.run_all({'images': images})['logits']
 
 
-def _package(name: str, install: str) -> Any:
+def _package(name: str) -> Any:
   try:
     return importlib.import_module(name)
   except ImportError as error:
     raise ConfigError(
-      f'the engine {name} is not installed; run pip install -r {install}, or '
-      'set --config.eval.engine=jax'
+      f'the engine {name} is not installed; run pip install -r '
+      f'{REQUIREMENTS[name]}, or set --config.eval.engine=jax'
     ) from error
 
 
@@ -84,7 +92,7 @@ class _OnnxRuntime(Engine):
   name = 'onnxruntime'
 
   def __init__(self, content: bytes, threads: int):
-    package = _package(self.name, 'requirements-onnx.txt')
+    package = _package(self.name)
     self.version = package.__version__
     options = package.SessionOptions()
     options.log_severity_level = 3  # errors alone
@@ -120,7 +128,7 @@ class _OpenVino(Engine):
   name = 'openvino'
 
   def __init__(self, content: bytes, threads: int):
-    package = _package(self.name, 'requirements-openvino.txt')
+    package = _package(self.name)
     self.version = package.__version__.partition('-')[0]
     core = package.Core()
     wanted = {
@@ -154,7 +162,7 @@ class _OpenVino(Engine):
       count = int(kind in _PRODUCTS)
       if kind == 'Subgraph':  # a whole attention: two products
         made_of = str(facts['originalLayersNames'].astype(str)).split(',')
-        count = sum('/MatMul:' in name for name in made_of)
+        count = len(set(filter(_IS_PRODUCT.search, made_of)))
       if count:
         names[f'{kind} {precision}'] += 1
         ways[_way(precision, facts)] += count

@@ -53,14 +53,48 @@ def make_model(
   return made.model(dict(facts or {}), config.data if preprocess else None)
 
 
-def make_products(config: Any, packed: Packed) -> Any:
+def make_products(
+  config: Any, packed: Packed
+) -> tuple[Any, dict[str, float]]:
   """Returns an onnx.ModelProto of all products, each with its own operands.
 
   Inputs 'PATH:lhs' and 'PATH:rhs' are what `ops.Core` is handed for a product,
   outputs 'PATH' what its layer gives.
+
+  Returns:
+    The model; the largest step of each integer convolution by path, of which
+    its bias is a whole number.
   """
   program = graph.program(config, packed, merges=False)
-  return _Translation(program, profiles.choose(program)).products()
+  steps = {
+    path: float(np.ravel(p.lhs[0])[0] * p.kernel.scale.max())
+    for path, p in program.products.items()
+    if p.site.window is not None and p.plan.acts
+  }
+  return _Translation(program, profiles.choose(program)).products(), steps
+
+
+def float_products(config: Any, packed: Packed) -> int:
+  """Returns how many products of a model's file are of float numbers.
+
+  With those of Hadamard matrices, and of attention whose codes take nine bits.
+  """
+  program = graph.program(config, packed)
+  if profiles.choose(program) == 'float':
+    return len(program.products)
+  total = 0
+  for p in program.products.values():
+    is_float = not p.plan.acts and (p.kernel is None or p.kernel.scale is None)
+    is_wide = p.plan.acts == _BYTE and not (
+      p.site.is_layer or p.plan.is_static or p.plan.aqt
+    )
+    total += bool(p.plan.block) + (is_float or is_wide)
+  return total
+
+
+def fact(model: Any, name: str) -> str:
+  """Returns what a model says of itself by a name; '' where it does not."""
+  return {p.key: p.value for p in model.metadata_props}.get(name, '')
 
 
 def missing_ranges(config: Any, packed: Packed) -> tuple[str, ...]:

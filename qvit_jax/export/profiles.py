@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from qvit_jax.errors import ExportError
 from qvit_jax.export.graph import Product, Program
 
-PROFILES = ('qdq', 'dynamic', 'weight_only', 'float')
 _INT8 = 8
 
 

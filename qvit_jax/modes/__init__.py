@@ -20,6 +20,8 @@ class Mode:
     run: 'module:function' in this folder; called with (config, workdir).
     ignores: Sections and fields of a config that it does not read.
     ignores_training: The same where it trains at `ptq.qat_specs`.
+    ignores_measuring: The same where it compares an exported program with the
+      model.
     counts: Fields that it reads whatever their conditions say.
     trains: Whether it takes training steps of the config's own.
     takes_bits: Whether it runs a model under `quant.recipe`.
@@ -34,6 +36,7 @@ class Mode:
   run: str
   ignores: tuple[str, ...] = ()
   ignores_training: tuple[str, ...] = ()
+  ignores_measuring: tuple[str, ...] = ()
   counts: tuple[str, ...] = ()
   trains: bool = False
   takes_bits: bool = True
@@ -150,6 +153,8 @@ _TABLE = (
     'export:export',
     ignores=('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed', 'ptq',
              *_TRAINING, *_AUGMENTED),
+    ignores_measuring=('optim', 'train', 'mesh', 'log', 'ptq', *_TRAINING,
+                       *_AUGMENTED, *_PREDICT),
     takes_packed=True,
     needs_whole=True,
     processes='one',

@@ -8,7 +8,7 @@ import numpy as np
 
 from qvit_jax import models, tree, weights
 from qvit_jax.experiment.model import Model
-from qvit_jax.modes import deploy, packing, session, stablehlo
+from qvit_jax.modes import deploy, onnx_file, packing, session, stablehlo
 from qvit_jax.modes.session import say
 from qvit_jax.store import files
 from qvit_jax.store import tensors as tensor_files
@@ -68,7 +68,7 @@ def write_weights(
 
 
 # Forms for runtimes, which hold the program and not the weights alone.
-_PROGRAMS = {'stablehlo': stablehlo.write}
+_PROGRAMS = {'onnx': onnx_file.write, 'stablehlo': stablehlo.write}
 
 
 def export(config: Any, workdir: str) -> None:

@@ -21,6 +21,8 @@ def context_of(mode: Mode, config: Any) -> config_lib.Context:
   """Returns what a config is resolved for in a mode."""
   if mode.ignores_training and config.ptq.qat_specs:
     mode = dataclasses.replace(mode, ignores=mode.ignores_training)
+  if mode.ignores_measuring and config.export.format == 'onnx':
+    mode = dataclasses.replace(mode, ignores=mode.ignores_measuring)
   choices = {
     'model.name': models.FAMILIES,
     'quant.recipe': METHODS,

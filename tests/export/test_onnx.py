@@ -1,6 +1,5 @@
 """ONNX files beside our own evaluation, in the runtimes themselves."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,8 +11,8 @@ import openvino
 import pytest
 
 from qvit_jax import models, tree
+from qvit_jax.experiment import parity
 from qvit_jax.export import onnx_model
-from qvit_jax.ops import SiteConv, SiteDense, SiteProduct
 from tests import small_cnns, small_models
 
 KINDS = {
@@ -95,64 +94,21 @@ def images_of(config):
   return np.asarray(small_models.normal((5, size, size, 3), 2))
 
 
-def seen(config, packed):
-  """Returns operands and results of every product, by path."""
-
-  def tap(module, site, lhs, rhs, dims):
-    module.sow('operands', 'lhs', lhs)
-    if not site.is_layer:
-      module.sow('operands', 'rhs', rhs)
-
-  ops = dataclasses.replace(packed.ops, tap=tap)
-  model = models.build_model(config, ops)
-  kinds = SiteDense, SiteConv, SiteProduct
-
-  @jax.jit
-  def run(images):
-    return model.apply(
-      packed.variables, images, mutable=['operands', 'intermediates'],
-      capture_intermediates=lambda module, _: isinstance(module, kinds),
-    )[1]  # fmt: skip
-
-  found = run(jnp.asarray(images_of(config)))
-  operands, results = {}, {}
-  for site in packed.plan.sites:
-    node, result = found['operands'], found['intermediates']
-    for key in site.path.split('/'):
-      node, result = node[key], result[key]
-    for side, x in node.items():
-      operands[f'{site.path}:{side}'] = np.asarray(x[0], np.float32)
-    results[site.path] = np.asarray(result['__call__'][0], np.float32)
-  return operands, results
-
-
-def step_of(packed, path):
-  """Returns the largest step of an integer convolution, 0 of other products.
-
-  Its bias is a whole number of steps.
-  """
-  if not path.startswith(('conv', 'block_', 'stem', 'last')):
-    return 0
-  node = packed.variables['quant']
-  for key in path.split('/'):
-    node = node[key]
-  return float(node['lhs_scale'] * node['kernel'].scale.max())
-
-
 def check_products(config, packed):
   """Every product gives our result of our operands: the codes are equal.
 
   But for what lies halfway between two levels: XLA multiplies by the inverse of
   a scale, onnxruntime divides.
   """
-  operands, results = seen(config, packed)
-  model = onnx_model.make_products(config, packed)
+  run = jax.jit(lambda images: parity.operands(config, packed, images))
+  operands, results = jax.device_get(run(images_of(config)))
+  model, steps = onnx_model.make_products(config, packed)
   found = in_onnxruntime(model, operands)
   assert set(found) == {site.path for site in packed.plan.sites}
   for path, expected in results.items():
     got, most = found[path].reshape(expected.shape), np.abs(expected).max()
     # One code that is another changes far more than this.
-    near = 1e-5 * most + step_of(packed, path) / 2
+    near = 1e-5 * most + steps.get(path, 0) / 2
     is_equal = np.abs(got - expected) < near
     assert is_equal.mean() > 0.95, path
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * most)

@@ -5,8 +5,10 @@ from qvit_jax.config.fields import (
   BOOL,
   HAS_LAYOUT,
   ONE_UP,
+  PROFILES,
   SPLITS,
   WRITES_EVENTS,
+  WRITES_ONNX,
   ZERO_UP,
   Field,
   one_of,
@@ -48,10 +50,23 @@ FIELDS = (
   ),
   Field(
     'export.format', 'safetensors',
-    one_of('safetensors', 'npz', 'packed', 'stablehlo'),
+    one_of('safetensors', 'npz', 'packed', 'onnx', 'stablehlo'),
     "'safetensors' | 'npz' (weights in a layout) | 'packed' (the integers of a "
     "run with any quant.recipe but 'none') | 'stablehlo' (the program of "
     'jax.export with its weights, of a run or a packed file)',
+  ),
+  Field(
+    'export.profile', '', one_of('', *PROFILES),
+    "Form of an ONNX file: 'qdq' (calibrated ranges; onnxruntime, OpenVINO, "
+    "TensorRT) | 'dynamic' (each row finds its range; onnxruntime) | "
+    "'weight_only' | 'float'; '' = that of the model's bits.",
+    needs=(WRITES_ONNX,),
+  ),
+  Field(
+    'export.preprocess', False, BOOL,
+    'Whether the ONNX file takes uint8 pixels of any size and resizes and '
+    'normalises them itself.',
+    needs=(WRITES_ONNX,),
   ),
   Field(
     'export.layout', 'timm', ANY,

@@ -1,0 +1,137 @@
+"""What `--mode=export` writes as ONNX, and how it fares in other runtimes."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from qvit_jax import models
+from qvit_jax.errors import ExportError
+from qvit_jax.experiment import parity
+from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.export import engines, onnx_model
+from qvit_jax.quantization.packed import Packed
+from qvit_jax.store import files
+
+NAME = 'model.onnx'
+# Training images by which results of integer convolutions get their ranges.
+_IMAGES = 256
+
+
+def write(
+  config: Any, packed: Packed, place: pathlib.Path, say: Callable[[str], None]
+) -> None:
+  """Writes WORKDIR/export/model.onnx, with parity.json beside it.
+
+  Args:
+    config: Of the model.
+    packed: Of `deploy.subject`.
+    place: The workdir.
+    say: Prints a line.
+
+  Raises:
+    ExportError: No profile holds the model, a runtime would not use its
+      integers, or the disk does not take it. What was there before stays.
+  """
+  missing = onnx_model.missing_ranges(config, packed)
+  experiment = Experiment(
+    config, training=False, calibrating=bool(missing), packed=packed
+  )
+  say(f'data      {experiment.data.description}')
+  ranges = parity.find_ranges(experiment, packed, _IMAGES)
+  if ranges:
+    say(
+      f'ranges    of {len(ranges)} convolutions before sums and means, from '
+      f'{_IMAGES} training images'
+    )
+  make = lambda **more: onnx_model.make_model(
+    config, packed, config.export.profile, ranges=ranges,
+    facts=_facts(experiment, packed), **more,
+  )  # fmt: skip
+  model = make()
+  profile = onnx_model.fact(model, 'profile')
+  opened = [
+    engines.open_engine(name, model)
+    for name in engines.installed()
+    if engines.runs_in(name, profile)
+  ]
+  kernels = {
+    engine.name: {'version': engine.version}
+    | parity.check_kernels(engine, config, packed)
+    for engine in opened
+  }
+  found = parity.measure(experiment, packed, opened)
+  for name, row in found['engines'].items():
+    row |= {'version': kernels[name].pop('version'), 'kernels': kernels[name]}
+  products = {}
+  if 'onnxruntime' in found['engines']:
+    products = parity.compare_products(experiment, packed)
+  content = (
+    make(preprocess=True) if config.export.preprocess else model
+  ).SerializeToString()
+  target = place / 'export' / NAME
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(target, content)
+  except OSError as error:
+    raise ExportError(files.cannot_write(target, error)) from error
+  files.write_json(
+    target.with_name('parity.json'),
+    {'file': NAME, 'bytes': len(content), 'profile': profile,
+     'execution': packed.execution, **found, 'products': products},
+  )  # fmt: skip
+  for line in _lines(found, products, profile):
+    say(line)
+  say(f'{len(content):,} bytes in {target} (profile {profile})')
+
+
+def _facts(experiment: Experiment, packed: Packed) -> dict[str, str]:
+  """Returns what the file says of itself."""
+  config = experiment.config
+  data = config.data
+  return {
+    'image_size': str(config.model.image_size),
+    'resize': data.resize,
+    'mean': json.dumps(list(data.mean)),
+    'std': json.dumps(list(data.std)),
+    'class_names': json.dumps(list(experiment.data.class_names)),
+    'architecture': json.dumps(models.architecture(config)),
+    'execution': packed.execution,
+  }
+
+
+def _lines(
+  found: dict[str, Any], products: dict[str, Any], profile: str
+) -> list[str]:
+  """Returns how the file compares, a line a runtime."""
+  ours, count = found['jax'], found['num_examples']
+  lines = [
+    f'parity    {count} images of {found["split"]}: our own top1 '
+    f'{ours["top1"]:.4f}, loss {ours["loss"]:.4f}'
+  ]
+  for name, row in found['engines'].items():
+    sqnr = row['sqnr_db']
+    kernels = row['kernels']
+    lines.append(
+      f'parity    {name} {row["version"]}: top1 {row["top1"]:.4f}, loss '
+      f'{row["loss"]:.4f}, agreement {row["agreement"]:.2%}, SQNR '
+      f'{"infinite" if sqnr is None else f"{sqnr:.1f} dB"}; products: '
+      f'{kernels["integer"]} integer, {kernels["packed"]} of packed weights, '
+      f'{kernels["float"]} float'
+    )
+  if products:
+    least = products['least_equal']
+    lines.append(
+      f'parity    {products["equal"]:.3%} of the results of '
+      f'{products["products"]} products equal ours, given our inputs '
+      f'(the least: {least["equal"]:.2%} of {least["path"]})'
+    )
+  for name in engines.ENGINES:
+    if not engines.runs_in(name, profile):
+      lines.append(f'note: {name} has no operators of profile {profile}')
+    elif name not in found['engines']:
+      lines.append(
+        f'note: {name} is not installed, so the file was not tried there; '
+        f'pip install -r {engines.REQUIREMENTS[name]}'
+      )
+  return lines
