@@ -127,3 +127,37 @@ def test_a_name_asks_for_static_ranges_at_any_bits(model):
   other = pack(config, 'w8a8_static+plain', params, stats)
   for name, wanted in quant_of(same).items():
     np.testing.assert_array_equal(quant_of(other)[name], wanted)
+
+
+@pytest.mark.parametrize(
+  ('name', 'has_stream', 'asked', 'wanted'),
+  [
+    ('int8_static', True, 'auto', 'minmax'),
+    ('w4a8_static', True, 'auto', 'minmax'),
+    ('w8a4_static', True, 'auto', 'mse'),
+    ('int8_static', False, 'auto', 'mse'),
+    ('int8_static', True, 'entropy', 'entropy'),
+    ('int8_static+plain', True, 'auto', 'minmax'),
+    ('int8_clip_99', True, 'minmax', ''),  # its percentile says it
+    ('w8a8', True, 'minmax', ''),  # finds them anew
+  ],
+)
+def test_a_row_chooses_its_range_by_its_bits(name, has_stream, asked, wanted):
+  row = rows.parse_row(name, has_stream=has_stream, ranges=asked)
+  assert row.range == wanted
+  if wanted:
+    assert row.method().startswith(f'static {wanted}, ')
+
+
+def test_solvers_of_a_static_row_are_chosen_for_its_bits():
+  found = {
+    name: rows.parse_row(name).solvers
+    for name in ('int8_static', 'w8a8_static', 'w4a8_static', 'w16a16_static')
+  }
+  assert found['int8_static'] == found['w8a8_static'] == (
+    'smooth_quant', 'bias_correction'
+  )  # fmt: skip
+  assert found['w4a8_static'] == ('rotate', 'gptq', 'bias_correction')
+  assert found['w16a16_static'] == ()
+  without = rows.parse_row('w4a8_static', has_stream=False)
+  assert without.solvers == ('gptq', 'bias_correction', 'tune')

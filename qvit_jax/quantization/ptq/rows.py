@@ -201,9 +201,11 @@ def _solvers(weights: int, acts: int) -> tuple[str, ...]:
 
 def _static_solvers(weights: int, acts: int) -> tuple[str, ...]:
   """Returns the same for calibrated activations, which no `hadamard` turns."""
-  if min(weights, acts) >= 8:
+  if min(weights, acts) > 8:
     return ()
-  return ('rotate', 'gptq')
+  if min(weights, acts) == 8:
+    return ('smooth_quant', 'bias_correction')
+  return ('rotate', 'gptq', 'bias_correction')
 
 
 def _without_stream(row: Row) -> tuple[str, ...]:
@@ -230,7 +232,9 @@ def _named_rows() -> dict[str, Row]:
   rows = {name: Row(name, dtype=dtype) for name, dtype in _FLOAT.items()}
   rows |= {
     'int8_dynamic': _uniform('int8_dynamic', 8, 8),
-    'int8_static': _uniform('int8_static', 8, 8, is_static=True),
+    'int8_static': _uniform(
+      'int8_static', 8, 8, is_static=True, solvers=_static_solvers(8, 8)
+    ),
     'int8_weight_only': _weights_only('int8_weight_only', 8),
     'int4_weight_only': _weights_only(
       'int4_weight_only', 4, solvers=('gptq',)
