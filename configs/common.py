@@ -332,6 +332,12 @@ eval
     Images a step, over all devices.
   eval.num_examples = 0
     Evaluate the first N images (folder: N spread over the classes); 0 = all.
+  eval.engine = 'jax'
+    What runs the model in eval, predict and benchmark: 'jax' | 'onnxruntime' |
+    'openvino', on the CPU.
+  eval.rivals = ()
+    --mode=benchmark of a packed file: other packed files of the same model,
+    ONNX files and those of OpenVINO that take turns with it.
   eval.every = 0
     Updates between evaluations; 0 = once an epoch.
   eval.images = ''
@@ -349,8 +355,16 @@ checkpoint
 
 export
   export.format = 'safetensors'
-    'safetensors' | 'npz' | 'packed' (the integers of a run with any
-    quant.recipe but 'none'; layout has no effect)
+    'safetensors' | 'npz' (weights in a layout) | 'packed' (the integers of a
+    run with any quant.recipe but 'none') | 'stablehlo' (the program of
+    jax.export with its weights, of a run or a packed file)
+  export.profile = ''
+    Form of an ONNX file: 'qdq' (calibrated ranges; onnxruntime, OpenVINO,
+    TensorRT) | 'dynamic' (each row finds its range; onnxruntime) |
+    'weight_only' | 'float'; '' = that of the model's bits.
+  export.preprocess = False
+    Whether the ONNX file takes uint8 pixels of any size and resizes and
+    normalises them itself.
   export.layout = 'timm'
     Whose names and axes.
 
@@ -414,6 +428,9 @@ ptq
     Images of a timed forward pass; >= 1.
   ptq.rounds = 7
     Timed passes of each row beside float; >= 2.
+  ptq.engines = ('auto',)
+    Runtimes that are timed beside each row: 'onnxruntime' 'openvino';
+    ('auto',): those that are installed; (): none.
   ptq.qat_runs = ()
     Workdirs of quantization-aware training, shown beside the rows.
   ptq.qat_specs = ()

@@ -39,6 +39,9 @@ OWNERS = {
   'safetensors': 'store/tensors.py',
   'matplotlib': 'report/figures.py',
   'jinja2': 'report/page.py',
+  'onnx': 'export/onnx_file.py',
+  'onnxruntime': 'export/engines.py',
+  'openvino': 'export/engines.py',
 }
 
 

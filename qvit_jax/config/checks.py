@@ -26,13 +26,34 @@ def check(config: Any, context: Any) -> None:
     ]
     raise ConfigError(
       f'quant.recipe={config.quant.recipe!r} stands for a packed model, which '
-      f'only --mode=eval, predict and export read; for --mode={mode.name} set '
-      f'--config.quant.recipe={_listed(names)}'
+      'only --mode=eval, predict, export and benchmark read; for '
+      f'--mode={mode.name} set --config.quant.recipe={_listed(names)}'
     )
+  _check_engine(config, mode)
   _check_granularity(config, method)
   _check_lora(config, mode, method)
   if mode.trains:
     _check_teacher(config)
+
+
+def _check_engine(config: Any, mode: Any) -> None:
+  """Raises ConfigError where a runtime cannot do what a mode does."""
+  engine = config.eval.engine
+  if engine == 'jax':
+    return
+  if not mode.takes_engine:
+    more = ' (ptq.engines says which runtimes --mode=ptq times)'
+    raise ConfigError(
+      f'eval.engine={engine!r} runs finished models, in --mode=eval, predict '
+      f'and benchmark alone; for --mode={mode.name} set '
+      f'--config.eval.engine=jax{more if mode.name == "ptq" else ""}'
+    )
+  if config.lora.rank:
+    raise ConfigError(
+      f'eval.engine={engine!r} runs a whole model, but lora.rank='
+      f'{config.lora.rank}; fold the adapters in with --mode=merge_lora, or '
+      'set --config.eval.engine=jax'
+    )
 
 
 def _check_granularity(config: Any, method: Any) -> None:

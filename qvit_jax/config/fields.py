@@ -167,6 +167,11 @@ HAS_LAYOUT = Need(
   'only weights in the names of others have it; set '
   '--config.export.format=safetensors',
 )
+TIMES_PACKED = Need(
+  lambda c: c.quant.recipe == 'ptq',
+  'they take turns with a packed file; set --config.quant.recipe=ptq and '
+  '--config.checkpoint.path=',
+)
 NO_SIZE = Need(
   lambda c: not c.model.size, 'model.size is set; add --config.model.size='
 )

@@ -1,7 +1,7 @@
 """An exported model in other runtimes, beside our own evaluation of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,17 +83,25 @@ def find_ranges(
     packed: The model.
     count: Training images to look at.
   """
-  paths = onnx_model.missing_ranges(experiment.config, packed)
+  batches = (images for images, _ in calibration.prepared(experiment, count))
+  return ranges_of(experiment.config, packed, batches)
+
+
+def ranges_of(
+  config: Any, packed: Packed, batches: Iterable[Any]
+) -> dict[str, tuple[float, float]]:
+  """Returns the same of batches of normalised images, none where none count."""
+  paths = onnx_model.missing_ranges(config, packed)
   if not paths:
     return {}
 
   @jax.jit
   def ends(images):
-    _, found = operands(experiment.config, packed, images)
+    _, found = operands(config, packed, images)
     return {path: (found[path].min(), found[path].max()) for path in paths}
 
   ranges = {path: (np.inf, -np.inf) for path in paths}
-  for images, _ in calibration.prepared(experiment, count):
+  for images in batches:
     for path, (low, high) in ends(images).items():
       first, last = ranges[path]
       ranges[path] = min(first, float(low)), max(last, float(high))

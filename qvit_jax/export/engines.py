@@ -6,18 +6,19 @@ hidden bfloat16, no rounding of activations that the file does not ask for.
 
 import abc
 import collections
+import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from qvit_jax.errors import ConfigError, ExportError
+from qvit_jax.export import onnx_file
 
 REQUIREMENTS = {
   'onnxruntime': 'requirements-onnx.txt',
@@ -60,10 +61,14 @@ class Engine(abc.ABC):
   Attributes:
     name: Of the runtime.
     version: Of its package.
+    images: Name of the first input.
+    shape: Of that input; an axis that is free is no positive number.
   """
 
   name: str
   version: str
+  images: str
+  shape: tuple[Any, ...]
 
   @abc.abstractmethod
   def run_all(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,43 +80,54 @@ class Engine(abc.ABC):
 
   def run(self, images: np.ndarray) -> np.ndarray:
     """Returns float32 logits [b, classes] of normalised images [b, h, w, 3]."""
-    return self.run_all({'images': images})['logits']
+    return next(iter(self.run_all({self.images: images}).values()))
 
 
-def _package(name: str) -> Any:
+@contextlib.contextmanager
+def _needed(name: str) -> Iterator[None]:
+  """Turns a package that cannot be imported into one line."""
   try:
-    return importlib.import_module(name)
+    yield
   except ImportError as error:
-    raise ConfigError(
-      f'the engine {name} is not installed; run pip install -r '
-      f'{REQUIREMENTS[name]}, or set --config.eval.engine=jax'
-    ) from error
+    raise _missing(name) from error
+
+
+def _missing(name: str) -> ConfigError:
+  return ConfigError(
+    f'the engine {name} is not installed; run pip install -r '
+    f'{REQUIREMENTS[name]}, or leave {name} out'
+  )
 
 
 class _OnnxRuntime(Engine):
   name = 'onnxruntime'
 
-  def __init__(self, content: bytes, threads: int):
-    package = _package(self.name)
-    self.version = package.__version__
-    options = package.SessionOptions()
+  def __init__(self, content: bytes | str, threads: int):
+    with _needed(self.name):
+      import onnxruntime
+    self.version = onnxruntime.__version__
+    options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.intra_op_num_threads = threads
     # Weights are packed, activations stay float32: no level 4 (int8).
     options.add_session_config_entry(
       'session.qdq_matmulnbits_accuracy_level', '1'
     )
+    # Threads that wait for work between two calls would slow others down.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / 'optimized.onnx'
       options.optimized_model_filepath = str(path)
       self._session = _loaded(
-        lambda: package.InferenceSession(
+        lambda: onnxruntime.InferenceSession(
           content, options, providers=['CPUExecutionProvider']
         ),
         self,
       )
-      graph = importlib.import_module('onnx').load(path).graph
+      graph = onnx_file.package().load(path).graph
     self._names = collections.Counter(node.op_type for node in graph.node)
+    first = self._session.get_inputs()[0]
+    self.images, self.shape = first.name, tuple(first.shape)
 
   def run_all(self, feed):
     """See `Engine`."""
@@ -127,10 +143,11 @@ class _OnnxRuntime(Engine):
 class _OpenVino(Engine):
   name = 'openvino'
 
-  def __init__(self, content: bytes, threads: int):
-    package = _package(self.name)
-    self.version = package.__version__.partition('-')[0]
-    core = package.Core()
+  def __init__(self, content: bytes | str, threads: int):
+    with _needed(self.name):
+      import openvino
+    self.version = openvino.__version__.partition('-')[0]
+    core = openvino.Core()
     wanted = {
       'INFERENCE_PRECISION_HINT': 'f32',
       'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0',
@@ -140,6 +157,11 @@ class _OpenVino(Engine):
       wanted['INFERENCE_NUM_THREADS'] = str(threads)
     self._model = _loaded(
       lambda: core.compile_model(core.read_model(content), 'CPU', wanted), self
+    )
+    first = self._model.input(0)
+    self.images, self.shape = first.any_name, tuple(
+      -1 if axis.is_dynamic else axis.get_length()
+      for axis in first.partial_shape
     )
 
   def run_all(self, feed):
@@ -209,7 +231,32 @@ def open_engine(name: str, model: Any, threads: int = 0) -> Engine:
     ConfigError: The runtime is not installed.
     ExportError: It does not load the file.
   """
-  return ENGINES[name](model.SerializeToString(), threads)
+  try:
+    content = model.SerializeToString()
+  except ValueError as error:  # protobuf's limit
+    raise ExportError(
+      f'a model of over 2 GB is no single ONNX file, which {name} would load; '
+      'set --config.eval.engine=jax or give a smaller model'
+    ) from error
+  return ENGINES[name](content, threads)
+
+
+def open_file(name: str, path: str, threads: int = 0) -> Engine:
+  """Returns the same of a file of others; its first input are images.
+
+  Raises:
+    ConfigError: The runtime is not installed, or the file is no model.
+  """
+  try:
+    return ENGINES[name](path, threads)
+  except ExportError as error:
+    raise ConfigError(f'{path!r} is no model: {error}') from error
+
+
+def check_installed(name: str) -> None:
+  """Raises ConfigError where a runtime's package is not there."""
+  if name not in installed():
+    raise _missing(name)
 
 
 def installed() -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 Source: ONNX operators, opset 20 (IR 10); 21 where 4-bit initializers are.
 """
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,10 @@ def package() -> Any:
     ExportError: It is not installed.
   """
   try:
-    return importlib.import_module('onnx')
+    import onnx
   except ImportError as error:
     raise ExportError(_NEED) from error
+  return onnx
 
 
 class Writer:

@@ -35,14 +35,14 @@ def choose(program: Program, asked: str = '') -> str:
   if asked and asked != found:
     raise ExportError(
       f'export.profile={asked!r} has no form for this model, which '
-      f'{_WHAT[found]}; leave export.profile out, or set '
+      f'{WHAT[found]}; leave export.profile out, or set '
       f'--config.export.profile={found}'
       + _OTHERS.get(asked, '')
     )
   return found
 
 
-_WHAT = {
+WHAT = {
   'qdq': 'has calibrated ranges',
   'dynamic': 'finds the range of each row as it runs',
   'weight_only': 'rounds nothing but kernels',

@@ -26,6 +26,7 @@ class Mode:
     trains: Whether it takes training steps of the config's own.
     takes_bits: Whether it runs a model under `quant.recipe`.
     takes_packed: Whether it reads the file of a packed model.
+    takes_engine: Whether `eval.engine` may be another one than JAX.
     needs_whole: Whether it cannot use adapters.
     needs_adapters: Whether it is about adapters alone.
     processes: 'one' or 'many'.
@@ -41,6 +42,7 @@ class Mode:
   trains: bool = False
   takes_bits: bool = True
   takes_packed: bool = False
+  takes_engine: bool = False
   needs_whole: bool = False
   needs_adapters: bool = False
   processes: str = 'many'
@@ -64,13 +66,15 @@ _AUGMENTED = (
 )  # fmt: skip
 # Fields that count in --mode=predict alone.
 _PREDICT = ('eval.images', 'eval.top_k')
+# The same of --mode=benchmark.
+_BENCHMARK = ('eval.rivals',)
 
 _TABLE = (
   Mode(
     'train',
     '(default) train, or go on where DIR stopped; evaluate; save',
     'train:train',
-    ignores=('export', 'ptq', *_PREDICT),
+    ignores=('export', 'ptq', *_PREDICT, *_BENCHMARK),
     counts=('ptq.range',),  # a start from quant.calibration_path chooses by it
     trains=True,
   ),
@@ -79,17 +83,19 @@ _TABLE = (
     "evaluate a checkpoint (DIR's best, or --config.checkpoint.path=)",
     'eval:evaluate',
     ignores=('optim', 'train', 'export', 'log', 'ptq', *_TRAINING,
-             *_AUGMENTED, *_PREDICT),
+             *_AUGMENTED, *_PREDICT, *_BENCHMARK),
     takes_packed=True,
+    takes_engine=True,
   ),
   Mode(
     'ptq',
     'quantize a trained float model, a table of methods and bits',
     'ptq:ptq',
     ignores=('optim', 'train', 'export', 'log', 'mesh', *_AUGMENTED,
-             *_PREDICT),
+             *_PREDICT, *_BENCHMARK),
     # The runs of a curve set bits themselves.
-    ignores_training=('export', 'quant.default', 'quant.attention', *_PREDICT),
+    ignores_training=('export', 'quant.default', 'quant.attention', *_PREDICT,
+                      *_BENCHMARK),
     counts=('quant.rules',),
     takes_bits=False,
     needs_whole=True,
@@ -102,8 +108,8 @@ _TABLE = (
     ignores=('optim', 'train', 'export', 'log', 'mesh', 'ptq.rows',
              'ptq.calibration_examples', 'ptq.calibration_path', 'ptq.range',
              'ptq.scales', 'ptq.tune_steps', 'ptq.latency_batch',
-             'ptq.rounds', 'ptq.qat_runs', 'ptq.qat_specs', 'ptq.qat_seeds',
-             'eval', *_AUGMENTED),
+             'ptq.rounds', 'ptq.engines', 'ptq.qat_runs', 'ptq.qat_specs',
+             'ptq.qat_seeds', 'eval', *_AUGMENTED),
     counts=('quant.rules', 'ptq.choices', 'ptq.sensitivity_examples',
             'ptq.budget_mb', 'ptq.budget_gbops'),
     takes_bits=False,
@@ -121,19 +127,24 @@ _TABLE = (
     'merge_lora',
     'fold the adapters of a run with lora.rank into its kernels',
     'merge_lora:merge_lora',
-    ignores=('optim', 'train', 'log', 'export', 'quant.dampen', *_PREDICT),
+    ignores=('optim', 'train', 'log', 'export', 'quant.dampen', *_PREDICT,
+             *_BENCHMARK),
     needs_adapters=True,
     processes='one',
   ),
-  # It times the first updates of stage 'all', from random weights.
+  # It times the first updates of stage 'all', from random weights; a packed
+  # file, and other engines, in inference alone.
   Mode(
     'benchmark',
-    'time the model beside its float twin',
+    'time the model beside its float twin, and a packed file in other runtimes',
     'benchmark:benchmark',
     ignores=('weights', 'checkpoint', 'log', 'export', 'ptq',
              'quant.calibration_path', 'quant.freeze', 'train.stages',
              'train.patience', 'train.reestimate_batches', *_PREDICT),
+    counts=('checkpoint.path',),  # of a packed file
     trains=True,
+    takes_packed=True,
+    takes_engine=True,
   ),
   Mode(
     'predict',
@@ -142,8 +153,9 @@ _TABLE = (
     ignores=('optim', 'train', 'log', 'seed', 'export', 'ptq', 'data.source',
              'data.name', 'data.dir', 'data.train_split', 'data.eval_split',
              'data.holdout', 'data.bad_files', 'data.resident_mib',
-             'eval.num_examples', *_TRAINING, *_AUGMENTED),
+             'eval.num_examples', *_TRAINING, *_AUGMENTED, *_BENCHMARK),
     takes_packed=True,
+    takes_engine=True,
     processes='one',
   ),
   Mode(
@@ -154,7 +166,7 @@ _TABLE = (
     ignores=('optim', 'train', 'data', 'eval', 'mesh', 'log', 'seed', 'ptq',
              *_TRAINING, *_AUGMENTED),
     ignores_measuring=('optim', 'train', 'mesh', 'log', 'ptq', *_TRAINING,
-                       *_AUGMENTED, *_PREDICT),
+                       *_AUGMENTED, *_PREDICT, *_BENCHMARK),
     takes_packed=True,
     needs_whole=True,
     processes='one',

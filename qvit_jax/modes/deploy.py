@@ -14,10 +14,9 @@ import numpy as np
 
 from qvit_jax import models, tree, weights
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import checks, sources, statistics
+from qvit_jax.experiment import checks, in_engines, sources, statistics
 from qvit_jax.experiment.model import Model, folded
-from qvit_jax.ops import Ops
-from qvit_jax.quantization import METHODS, build_plan
+from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import runs
@@ -52,9 +51,7 @@ def subject(
   named = {weights.full_path(name): x for name, x in params.items()}
   params = statistics.folded_params(model.config, tree.nest(named))
   config = folded(model.config)
-  plan = build_plan(config.quant, models.list_sites(config))
-  variables = {'params': tree.nest(params)}
-  return config, Packed(variables, Ops(), config.model.dtype, plan, 'float')
+  return config, in_engines.float_packed(config, params)
 
 
 def packed_run(

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from qvit_jax.errors import DivergedError
-from qvit_jax.experiment import sources
+from qvit_jax.experiment import in_engines, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
@@ -20,17 +20,15 @@ def evaluate(config: Any, workdir: str) -> None:
     variables, origin = sources.evaluated(experiment, place)
     for line in origin:
       say(f'start     {line}')
-    started = time.monotonic()
-    metrics = experiment.make_evaluator()(variables)
+    metrics, ran, started = _measure(experiment, variables)
     seconds = time.monotonic() - started
     if not math.isfinite(metrics['loss']):
       raise DivergedError(
         f'the evaluation loss of {origin[0]} is {metrics["loss"]}; evaluate '
         'another checkpoint or train with a lower optim.lr'
       )
-    session.write_results(
-      experiment, place, metrics, origin[0].partition(' of ')[0]
-    )
+    name = origin[0].partition(' of ')[0]
+    session.write_results(experiment, place, metrics, name, ran=ran)
     session.say_bad_files(experiment)
     say(
       '  '.join(
@@ -40,3 +38,22 @@ def evaluate(config: Any, workdir: str) -> None:
       + f'  ({metrics["num_examples"]} images in {seconds:.1f} s, compiling '
       f'included); results in {place / "results.json"}'
     )
+
+
+def _measure(
+  experiment: Experiment, variables: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
+  """Returns metrics, how they ran if not by JAX, and when that began."""
+  started = time.monotonic()
+  if experiment.config.eval.engine == 'jax':
+    return experiment.make_evaluator()(variables), None, started
+  engine, packed, lines = in_engines.opened(experiment, variables)
+  for line in lines:
+    say(f'engine    {line}')
+  started = time.monotonic()
+  metrics = in_engines.evaluate(experiment, engine)
+  ran = {
+    'engine': in_engines.facts(engine), 'execution': packed.execution,
+    'why': packed.why,
+  }  # fmt: skip
+  return metrics, ran, started

@@ -1,8 +1,9 @@
 """What `--mode=predict` says of each image."""
 
+import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import rich.progress
 
 from qvit_jax.data import open_images, preprocess
 from qvit_jax.errors import DivergedError
-from qvit_jax.experiment import sources
+from qvit_jax.experiment import in_engines, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
@@ -19,7 +20,7 @@ from qvit_jax.store import files
 
 
 def answers(
-  experiment: Experiment, variables: dict[str, Any]
+  experiment: Experiment, variables: dict[str, Any], engine: Any = None
 ) -> Iterator[dict[str, Any]]:
   """Yields the likeliest classes of each image of the evaluation split.
 
@@ -28,6 +29,7 @@ def answers(
   Args:
     experiment: Its evaluation split is `data.open_images`.
     variables: What to apply, by collection.
+    engine: The runtime that has the model; None: JAX applies it.
 
   Yields:
     file (relative to the folder) and classes, likeliest first, each with name,
@@ -36,20 +38,10 @@ def answers(
   Raises:
     DivergedError: A logit is not finite.
   """
-  config, split = experiment.config, experiment.data.eval
-  data, size = config.data, config.model.image_size
-  count = min(config.eval.top_k, config.model.num_classes)
-
-  def best(variables, images):
-    logits = experiment.model.module.apply(
-      variables, preprocess.prepare_eval(images, data=data, size=size)
-    )
-    return jax.lax.top_k(jax.nn.softmax(logits), count)
-
-  best = jax.jit(best, out_shardings=experiment.whole_sharding)
+  split, best = experiment.data.eval, _best(experiment, variables, engine)
   position = 0
   for batch in experiment.eval_batches():
-    probabilities, indices = jax.device_get(best(variables, batch['image']))
+    probabilities, indices = jax.device_get(best(batch['image']))
     if not np.isfinite(probabilities).all():
       raise DivergedError(
         'the model gives outputs that are not finite; predict with another '
@@ -69,6 +61,27 @@ def answers(
         ],
       }
     position += len(batch['mask'])
+
+
+def _best(
+  experiment: Experiment, variables: dict[str, Any], engine: Any
+) -> Callable[[Any], Any]:
+  """Returns pixels -> probabilities and indices of the likeliest classes."""
+  config = experiment.config
+  count = min(config.eval.top_k, config.model.num_classes)
+  prepare = functools.partial(
+    preprocess.prepare_eval, data=config.data, size=config.model.image_size
+  )
+  top = lambda logits: jax.lax.top_k(jax.nn.softmax(logits), count)
+  if engine:
+    prepare, top = jax.jit(prepare), jax.jit(top)
+    return lambda pixels: top(engine.run(np.asarray(prepare(pixels))))
+  apply = experiment.model.module.apply
+  best = jax.jit(
+    lambda variables, pixels: top(apply(variables, prepare(pixels))),
+    out_shardings=experiment.whole_sharding,
+  )
+  return functools.partial(best, variables)
 
 
 def _name(experiment: Experiment, index: int) -> str:
@@ -97,7 +110,12 @@ def predict(config: Any, workdir: str) -> None:
     variables, origin = sources.evaluated(experiment, place)
     for line in origin:
       say(f'start     {line}')
-    found = answers(experiment, variables)
+    engine = None
+    if config.eval.engine != 'jax':
+      engine, _, lines = in_engines.opened(experiment, variables)
+      for line in lines:
+        say(f'engine    {line}')
+    found = answers(experiment, variables, engine)
     text, count = to_text(found, data.eval.size)
     files.write_text(place / 'predictions.jsonl', text)
     session.say_bad_files(experiment)

@@ -11,6 +11,7 @@ from qvit_jax import models, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import auto
+from qvit_jax.export import engines
 from qvit_jax.modes import Mode
 from qvit_jax.modes.session import say
 from qvit_jax.quantization import METHODS
@@ -27,6 +28,7 @@ def context_of(mode: Mode, config: Any) -> config_lib.Context:
     'model.name': models.FAMILIES,
     'quant.recipe': METHODS,
     'export.layout': weights.LAYOUTS,
+    'eval.engine': ('jax', *engines.ENGINES),
   }
   return config_lib.Context(mode, METHODS, models.FAMILIES, choices)
 
@@ -68,6 +70,12 @@ def run(
     processes.join()  # before anything asks JAX for its devices
   if mode.processes == 'one' and jax.process_count() > 1:
     raise ConfigError(f'--mode={mode.name} runs in one process; start it once')
+  if resolved.eval.engine != 'jax' and jax.process_count() > 1:
+    raise ConfigError(
+      f'eval.engine={resolved.eval.engine!r} runs in one process, but there '
+      f'are {jax.process_count()}; start it once, or set '
+      '--config.eval.engine=jax'
+    )
   for note in notes:
     say(f'note: {note}')
   module, _, function = mode.run.partition(':')

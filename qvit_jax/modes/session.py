@@ -11,7 +11,13 @@ import numpy as np
 from qvit_jax import tree
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import checks, features, sources, statistics
+from qvit_jax.experiment import (
+  checks,
+  features,
+  in_engines,
+  sources,
+  statistics,
+)
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import folded
@@ -88,6 +94,8 @@ def write_results(
   place: pathlib.Path,
   metrics: dict[str, Any],
   name: str,
+  *,
+  ran: dict[str, Any] | None = None,
 ) -> None:
   """Writes results.json with the numbers of one evaluation.
 
@@ -96,6 +104,7 @@ def write_results(
     place: The workdir.
     metrics: Of `make_evaluator`.
     name: Of the row: which weights.
+    ran: What is said of how they ran, if not by JAX.
   """
   if jax.process_index() != 0:
     return
@@ -103,6 +112,7 @@ def write_results(
   if experiment.model.packed:
     artifact = pathlib.Path(experiment.config.checkpoint.path)
     facts['artifact_bytes'] = artifact.stat().st_size
+  facts |= ran or {'engine': in_engines.facts()}
   row = report.make_row(name=name, **facts, **metrics)
   resolved = config_lib.to_json(experiment.config)
   files.write_json(place / 'results.json', report.results(resolved, row, []))

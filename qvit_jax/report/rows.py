@@ -16,6 +16,7 @@ _KEYS = (
     'peak_memory_bytes', 'execution', 'why', 'per_class_top1', 'confusion',
     'agreement', 'sqnr_db', 'artifact_bytes', 'seconds', 'speedup_bf16',
     'collapsed', 'suspects', 'classes_predicted', 'sites',
+    'engine', 'engines',
 )  # fmt: skip
 # What the numbers of a row are of.
 OF = ('split', 'data', 'num_examples')

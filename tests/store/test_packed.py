@@ -310,7 +310,7 @@ def test_only_eval_reads_a_packed_model(mode, tmp_path):
   if mode not in ('ptq', 'sensitivity'):
     recipe = 'none, aqt, lsq, statsq or qvit'
   fails(ConfigError, mode, config, tmp_path,
-        'only --mode=eval, predict and export read',
+        'only --mode=eval, predict, export and benchmark read',
         f'for --mode={mode} set --config.quant.recipe={recipe}')  # fmt: skip
 
 

@@ -96,6 +96,11 @@ FIELDS = (
     'Timed passes of each row beside float; >= 2.',
   ),
   Field(
+    'ptq.engines', ('auto',), names("a tuple such as ('onnxruntime',)"),
+    "Runtimes that are timed beside each row: 'onnxruntime' 'openvino'; "
+    "('auto',): those that are installed; (): none.",
+  ),
+  Field(
     'ptq.qat_runs', (), names('a tuple of workdirs'),
     'Workdirs of quantization-aware training, shown beside the rows.',
     is_path=True,

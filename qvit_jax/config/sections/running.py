@@ -7,10 +7,12 @@ from qvit_jax.config.fields import (
   ONE_UP,
   PROFILES,
   SPLITS,
+  TIMES_PACKED,
   WRITES_EVENTS,
   WRITES_ONNX,
   ZERO_UP,
   Field,
+  names,
   one_of,
 )
 
@@ -23,6 +25,18 @@ FIELDS = (
     'eval.num_examples', 0, ZERO_UP,
     'Evaluate the first N images (folder: N spread over the classes); 0 = '
     'all.',
+  ),
+  Field(
+    'eval.engine', 'jax', ANY,
+    "What runs the model in eval, predict and benchmark: 'jax' | 'onnxruntime' "
+    "| 'openvino', on the CPU.",
+    choices=True,
+  ),
+  Field(
+    'eval.rivals', (), names('a tuple of files .safetensors, .onnx or .xml'),
+    '--mode=benchmark of a packed file: other packed files of the same model, '
+    'ONNX files and those of OpenVINO that take turns with it.',
+    is_path=True, needs=(TIMES_PACKED,),
   ),
   Field(
     'eval.every', 0, ZERO_UP,
