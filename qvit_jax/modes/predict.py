@@ -11,6 +11,7 @@ import rich.progress
 
 from qvit_jax.data import open_images, preprocess
 from qvit_jax.errors import DivergedError
+from qvit_jax.evaluation import fixed
 from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
@@ -40,16 +41,18 @@ def answers(
   data, size = config.data, config.model.image_size
   count = min(config.eval.top_k, config.model.num_classes)
 
-  def best(variables, images):
+  whole, given = fixed.split(variables)
+
+  def best(given, images):
     logits = experiment.model.module.apply(
-      variables, preprocess.prepare_eval(images, data=data, size=size)
+      whole(given), preprocess.prepare_eval(images, data=data, size=size)
     )
     return jax.lax.top_k(jax.nn.softmax(logits), count)
 
   best = jax.jit(best, out_shardings=experiment.whole_sharding)
   position = 0
   for batch in experiment.eval_batches():
-    probabilities, indices = jax.device_get(best(variables, batch['image']))
+    probabilities, indices = jax.device_get(best(given, batch['image']))
     if not np.isfinite(probabilities).all():
       raise DivergedError(
         'the model gives outputs that are not finite; predict with another '

@@ -110,8 +110,8 @@ def _centered(x, bits: int, axes, stored):
     )
   else:
     scale, zero = stored
-  codes = numerics.to_codes(x, scale, zero, bits, symmetric=False)
-  return (codes - zero).astype(_carrier(bits)), scale
+  codes = numerics.centered_codes(x, scale, zero, bits, symmetric=False)
+  return codes.astype(_carrier(bits)), scale
 
 
 def _half_float(x, scale, kernel, dims):
