@@ -49,8 +49,7 @@ def _guarded(variables: Any) -> Any:
   floats = [x for x, code in zip(leaves, is_code, strict=True) if not code]
   hidden = iter(jax.lax.optimization_barrier(floats))
   return structure.unflatten(
-    x if code else next(hidden)
-    for x, code in zip(leaves, is_code, strict=True)
+    x if code else next(hidden) for x, code in zip(leaves, is_code, strict=True)
   )
 
 
