@@ -83,7 +83,7 @@ def int8_dot(lhs: Whole, rhs: Whole, dims: Dims):
     dims: See `integer_dot`.
   """
   if isinstance(dims, Window):
-    if dims.groups == lhs.numbers.shape[-1]:
+    if 1 < dims.groups == lhs.numbers.shape[-1]:
       return _depthwise(lhs, rhs, dims)
     return _convolution(lhs, rhs, dims)
   ndim = lhs.numbers.ndim + rhs.numbers.ndim - 2 - len(dims[1][0])
