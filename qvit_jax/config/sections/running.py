@@ -66,8 +66,9 @@ FIELDS = (
     'export.format', 'safetensors',
     one_of('safetensors', 'npz', 'packed', 'onnx', 'stablehlo'),
     "'safetensors' | 'npz' (weights in a layout) | 'packed' (the integers of a "
-    "run with any quant.recipe but 'none') | 'stablehlo' (the program of "
-    'jax.export with its weights, of a run or a packed file)',
+    "run with any quant.recipe but 'none') | 'onnx' (for onnxruntime, OpenVINO "
+    "and others) | 'stablehlo' (the program of jax.export with its weights); "
+    'both of a run or a packed file',
   ),
   Field(
     'export.profile', '', one_of('', *PROFILES),
