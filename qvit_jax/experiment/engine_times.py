@@ -46,7 +46,7 @@ class _Opened:
     batch: Images of a call.
     calls: What is timed, by name.
     models: Engines with the row; why not, where they cannot run it.
-    profiles: Of the row's ONNX model; empty where there is none.
+    profile: Of the row's ONNX model; '' where there is none.
   """
 
   batch: int
@@ -117,7 +117,7 @@ class EngineTimes:
       except ExportError as error:
         why = _short(error)
     if packed.dtype != base.dtype:
-      why = f'{packed.dtype} is not written to ONNX; row fp32 has float32'
+      why = f'its {packed.dtype} parts would be float32 in an ONNX file'
     calls, models = {}, {}
     for name in self.names:
       models[name] = why or self._open(name, packed, base, model)

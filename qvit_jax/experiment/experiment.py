@@ -14,6 +14,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data, find_data, open_data, preprocess
 from qvit_jax.errors import ConfigError, DataError
 from qvit_jax.evaluation import evaluate as evaluate_lib
+from qvit_jax.evaluation import fixed
 from qvit_jax.evaluation.metrics import EvalSums
 from qvit_jax.evaluation.timing import compile_timed
 from qvit_jax.experiment import norms
@@ -443,20 +444,28 @@ class Experiment:
     They name what they are of: `split` and `data`.
     """
     data, size = self.config.data, self.config.model.image_size
-    step = jax.jit(
-      evaluate_lib.make_eval_step(
-        apply=self.model.module.apply,
-        gather=preprocess.gather,
-        prepare=functools.partial(
-          preprocess.prepare_eval, data=data, size=size
+
+    def make(whole):
+      return jax.jit(
+        evaluate_lib.make_eval_step(
+          apply=lambda given, x: self.model.module.apply(whole(given), x),
+          gather=preprocess.gather,
+          prepare=functools.partial(
+            preprocess.prepare_eval, data=data, size=size
+          ),
+          batch_sharding=self.batch_sharding,
         ),
-        batch_sharding=self.batch_sharding,
-      ),
-      out_shardings=self.whole_sharding,
-    )
+        out_shardings=self.whole_sharding,
+      )
+
+    step = make(lambda variables: variables)
     source = self.replicate(self.data.eval.source)
 
     def evaluate(variables, poll=lambda: None):
+      nonlocal step
+      if self.model.packed:  # nothing changes them between evaluations
+        whole, variables = fixed.split(variables)
+        step = make(whole)
       sums = EvalSums.zeros(self.config.model.num_classes)
       metrics = evaluate_lib.evaluate(
           step, variables, source, self.eval_batches(), self.replicate(sums),

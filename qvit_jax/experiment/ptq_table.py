@@ -14,7 +14,7 @@ from qvit_jax import models
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError, DivergedError
-from qvit_jax.evaluation import timing
+from qvit_jax.evaluation import fixed, timing
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
 from qvit_jax.experiment import (
   calibration,
@@ -333,29 +333,28 @@ class Table:
     split = self.experiment.data.eval
     source = jax.tree.map(jnp.asarray, split.source)
 
+    whole, given = fixed.split(packed.variables)
+    apply = lambda given, images: model.apply(whole(given), images)
+
     @jax.jit
-    def forward(variables, source, batch):
+    def forward(given, source, batch):
       images, labels = preprocess.gather(source, batch)
       images = preprocess.prepare_eval(images, data=data, size=size)
-      return model.apply(variables, images), labels
+      return apply(given, images), labels
 
     parts: list[list[np.ndarray]] = [[], []]
     for host, mask in self._eval_batches():
-      for part, x in zip(
-        parts, forward(packed.variables, source, host), strict=True
-      ):
+      for part, x in zip(parts, forward(given, source, host), strict=True):
         part.append(np.asarray(x)[mask])
     logits, self._labels = map(np.concatenate, parts)
     images = jax.random.normal(
       jax.random.key(0), (config.ptq.latency_batch, size, size, 3)
     )
-    compiled, _ = timing.compile_timed(
-      jax.jit(model.apply), packed.variables, images
-    )
+    compiled, _ = timing.compile_timed(jax.jit(apply), given, images)
     return _Measured(
       packed,
       logits,
-      lambda: compiled(packed.variables, images),
+      lambda: compiled(given, images),
       timing.memory(compiled),
     )
 

@@ -12,7 +12,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data.bare_loop import BareLoop
 from qvit_jax.data.batches import StreamedSplit
 from qvit_jax.data.listing import Files
-from qvit_jax.evaluation import timing
+from qvit_jax.evaluation import fixed, timing
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.models import Cut
@@ -138,14 +138,16 @@ def time_inference(
     jax.random.normal(jax.random.key(1), (batch, size, size, 3), jnp.float32),
     experiment.batch_sharding,
   )
-  compiled, compile_seconds = {}, {}
+  compiled, compile_seconds, given = {}, {}, {}
   for name, twin in twins.items():
-    forward = jax.jit(twin.model.module.apply)
+    whole, given[name] = fixed.split(variables[name])
+    apply = twin.model.module.apply
+    forward = lambda v, x, apply=apply, whole=whole: apply(whole(v), x)
     compiled[name], compile_seconds[name] = timing.compile_timed(
-      forward, variables[name], images
+      jax.jit(forward), given[name], images
     )
   calls = {
-    name: (lambda name=name: compiled[name](variables[name], images))
+    name: (lambda name=name: compiled[name](given[name], images))
     for name in twins
   }
   seconds = timing.interleave(calls, rounds=rounds)

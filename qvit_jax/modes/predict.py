@@ -12,6 +12,7 @@ import rich.progress
 
 from qvit_jax.data import open_images, preprocess
 from qvit_jax.errors import DivergedError
+from qvit_jax.evaluation import fixed
 from qvit_jax.experiment import in_engines, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
@@ -77,11 +78,12 @@ def _best(
     prepare, top = jax.jit(prepare), jax.jit(top)
     return lambda pixels: top(engine.run(np.asarray(prepare(pixels))))
   apply = experiment.model.module.apply
+  whole, given = fixed.split(variables)
   best = jax.jit(
-    lambda variables, pixels: top(apply(variables, prepare(pixels))),
+    lambda given, pixels: top(apply(whole(given), prepare(pixels))),
     out_shardings=experiment.whole_sharding,
   )
-  return functools.partial(best, variables)
+  return functools.partial(best, given)
 
 
 def _name(experiment: Experiment, index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qvit_jax.arithmetic.integers import Whole
 from qvit_jax.arithmetic.products import multiply, shared_axes, spread
 from qvit_jax.ops import Site
 from qvit_jax.quantization import numerics
@@ -26,8 +27,8 @@ def aqt_product(
     lhs: Activations.
     rhs: Packed or float kernel, or the activations of an attention product.
     dims: Dimension numbers of which one axis is contracted, or a window.
-    integer_dot: (lhs, rhs, dims, bound on |lhs| * |rhs|, pieces of their sum or
-      0) -> exact product of whole numbers, in float32.
+    integer_dot: (lhs, rhs, dims, pieces of their sum or 0) -> exact product of
+      two `Whole`, in float32.
   """
   dtype = numerics.aqt_dtype(lhs.dtype)
   lhs = lhs.astype(dtype)
@@ -40,9 +41,9 @@ def aqt_product(
   elif plan.acts and not site.is_layer:
     rhs, scales[1] = numerics.aqt_codes(rhs.astype(dtype), plan.acts, right)
   if len(scales) == 2:
-    largest = plan.most * 2 ** ((plan.weights or plan.acts) - 1)
+    most = 2 ** ((plan.weights or plan.acts) - 1)
     dot = lambda lhs, rhs, dims: integer_dot(
-      lhs, rhs, dims, largest, plan.cuts
+      Whole(lhs, plan.most), Whole(rhs, most), dims, plan.cuts
     )
   else:
     dot = multiply
@@ -70,8 +71,7 @@ def scaled_product(
     dot: (lhs, rhs, dims) -> product in float32, exact of two codes.
   """
   if len(scales) == 2:
-    # Codes of up to 8 bits are exact in bf16.
-    y = dot(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), dims)
+    y = dot(lhs, rhs, dims)
     y = y.astype(jnp.int32)  # as AQT's, else XLA skips rounding to bf16 below
   else:
     y = dot(lhs, rhs.astype(dtype), dims)

@@ -1,20 +1,19 @@
 """Products of integers from packed kernels: how a row of PTQ runs.
 
-Codes travel as bf16 or float32 numbers ("carriers"): every integer up to 256
-is exact in bf16. `arithmetic.exact` multiplies them as integer hardware would,
-bit for bit, at the speed of the fastest product that XLA has.
+`arithmetic.integers` multiplies codes as integer hardware does, bit for bit: on
+a CPU as bf16 numbers, which is XLA's fastest product there, on accelerators as
+int8. Codes of more than 8 bits travel as float32.
 
 Activations have asymmetric codes. What is multiplied is code - zero, a whole
-number again, so that no correction is left to make, and the zeros around an
-image are zeros. Models that AQT trained
-keep its symmetric codes: see `aqt_product`.
+number again, so that the zeros around an image are zeros. Models that AQT
+trained keep its symmetric codes: see `aqt_product`.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from qvit_jax.arithmetic.exact import exact_dot
+from qvit_jax.arithmetic.integers import Whole, carried, integer_dot
 from qvit_jax.arithmetic.products import (
   Window,
   multiply,
@@ -92,7 +91,7 @@ def _carrier(bits: int):
 
 
 def _centered(x, bits: int, axes, stored):
-  """Returns (code - zero, scale) of activations.
+  """Returns (code - zero, zero, scale) of activations.
 
   Args:
     x: Activations.
@@ -110,8 +109,20 @@ def _centered(x, bits: int, axes, stored):
     )
   else:
     scale, zero = stored
-  codes = numerics.to_codes(x, scale, zero, bits, symmetric=False)
-  return (codes - zero).astype(_carrier(bits)), scale
+  codes = numerics.centered_codes(x, scale, zero, bits, symmetric=False)
+  return codes, zero, scale
+
+
+def _whole(codes, zero, bits: int) -> Whole:
+  """Returns what `_centered` gave, up to 8 bits, as an operand."""
+  shift = 2 ** (bits - 1) - zero if bits == MAX_PACKED_BITS else None
+  return Whole(codes, 2**bits - 1, shift)
+
+
+def _kernel(kernel: QTensor, rows: slice = slice(None)) -> Whole:
+  """Returns rows of a kernel as an operand."""
+  most, is_odd = kernel.largest_code, kernel.is_odd
+  return Whole(kernel.codes[rows], most, is_odd=is_odd)
 
 
 def _half_float(x, scale, kernel, dims):
@@ -211,42 +222,36 @@ class IntegerCore:
     read = module.get_variable
     return read('quant', f'{side}_scale'), read('quant', f'{side}_zero')
 
-  def _dot(self, lhs, rhs, dims, largest: int, parts: int = 0):
+  def _dot(self, lhs: Whole, rhs: Whole, dims, parts: int = 0):
     if self.is_exact:
-      return exact_dot(lhs, rhs, dims, largest, parts)
-    return multiply(lhs, rhs, dims)
+      return integer_dot(lhs, rhs, dims, parts)
+    return multiply(carried(lhs.numbers), carried(rhs.numbers), dims)
 
   def _layer(self, module, site: Site, x, dims):
     plan = dict(self.sites)[site.path]
     kernel = module.get_variable('quant', 'kernel')
-    scale = None
+    scale = zero = None
     if plan.clip:
       x = jnp.clip(x, -plan.clip, plan.clip)
     if plan.block:
       x = turn_blocks(x.astype(jnp.float32), plan.block)
     if plan.acts is not None:
-      x, scale = _centered(
+      x, zero, scale = _centered(
         x, plan.acts, shared_axes(dims, 0), self._stored(module, plan, 'lhs')
       )
     if not plan.is_integer or plan.weights is None:
+      if scale is not None:
+        x = x.astype(_carrier(plan.acts))
       return _half_float(x, scale, kernel, dims)
-    w, most = kernel.codes.astype(x.dtype), plan.most * kernel.largest_code
     if len(kernel.scale) == 1:
-      y = self._dot(x, w, dims, most, plan.cuts) * kernel.scale[0]
-    else:
-      x, dims = _rows_of(site, x, dims)
-      size = kernel.group
-      y = sum(
-        self._dot(
-          x[..., g * size : (g + 1) * size],
-          w[g * size : (g + 1) * size],
-          dims,
-          most,
-          int(plan.cuts == 1),
-        )
-        * row
-        for g, row in enumerate(kernel.scale)
-      )
+      x, w = _whole(x, zero, plan.acts), _kernel(kernel)
+      return self._dot(x, w, dims, plan.cuts) * kernel.scale[0] * scale
+    x, dims = _rows_of(site, x, dims)
+    parts, y = int(plan.cuts == 1), 0
+    for g, row in enumerate(kernel.scale):
+      rows = slice(g * kernel.group, (g + 1) * kernel.group)
+      part = _whole(x[..., rows], zero, plan.acts)
+      y += self._dot(part, _kernel(kernel, rows), dims, parts) * row
     return y * scale
 
   def _product(self, module, plan: SitePlan, lhs, rhs, dims):
@@ -257,15 +262,18 @@ class IntegerCore:
       levels = LEVELS[plan.softmax]
       a, a_scale = levels(lhs.astype(jnp.float32), plan.acts, left), None
     else:
-      a, a_scale = _centered(
+      a, a_zero, a_scale = _centered(
         lhs, plan.acts, (left,), self._stored(module, plan, 'lhs')
       )
-    b, b_scale = _centered(
+    b, b_zero, b_scale = _centered(
       rhs, plan.acts, (right,), self._stored(module, plan, 'rhs')
     )
     if plan.is_integer:
-      y = self._dot(a, b, dims, plan.most**2)
+      pair = _whole(a, a_zero, plan.acts), _whole(b, b_zero, plan.acts)
+      y = self._dot(*pair, dims)
     else:
+      if a_scale is not None:
+        a = a.astype(_carrier(plan.acts))
       y = multiply(a, b.astype(a.dtype), dims)
     for side, x, scale in ((1, b, b_scale), (0, a, a_scale)):
       if scale is not None:  # calibrated ones have no batch axis

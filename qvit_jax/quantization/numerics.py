@@ -98,9 +98,21 @@ def to_codes(
   symmetric: bool,
 ) -> Float[Array, '...']:
   """Returns the nearest codes, as whole floats; half goes to even."""
+  return centered_codes(x, scale, zero, bits, symmetric=symmetric) + zero
+
+
+def centered_codes(
+  x: Float[Array, '...'],
+  scale: Float[Array, '...'],
+  zero: Float[Array, '...'],
+  bits: int,
+  *,
+  symmetric: bool,
+) -> Float[Array, '...']:
+  """Returns `to_codes` less the zero: whole numbers, 0 where x is."""
   first, last = code_range(bits, symmetric=symmetric)
   # Clipped before it is rounded: a gradient is 1 up to the last level.
-  return round_through(jnp.clip(x / scale, first - zero, last - zero)) + zero
+  return round_through(jnp.clip(x / scale, first - zero, last - zero))
 
 
 def from_codes(

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from qvit_jax import models
+from qvit_jax.arithmetic.exact import exact_dot
 from qvit_jax.arithmetic.products import multiply
 from qvit_jax.ops import Site
-from qvit_jax.quantization.integer_core import exact_dot
 from qvit_jax.quantization.methods.aqt import AqtCore
 from qvit_jax.quantization.ptq import adaround, gptq
 from qvit_jax.quantization.spec import QuantPlan, QuantSpec

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from configs import common, vit_cifar100_finetune
 from qvit_jax import models, modes, tree
+from qvit_jax.arithmetic.exact import exact_dot
 from qvit_jax.errors import ConfigError, QuantError, RuleError, WeightsError
 from qvit_jax.experiment import findings, ptq_table
 from qvit_jax.experiment.calibration import Calibration
@@ -117,7 +118,7 @@ def test_carriers_give_the_integers_of_int64(size):
   lhs = rng.integers(-255, 256, (3, size))
   rhs = rng.integers(-127, 128, (size, 4))
   lhs[0], rhs[:, 0] = 255, 127  # the largest sum there can be
-  found = integer_core.exact_dot(
+  found = exact_dot(
     jnp.asarray(lhs, jnp.bfloat16),
     jnp.asarray(rhs, jnp.bfloat16),
     (((1,), (0,)), ((), ())),

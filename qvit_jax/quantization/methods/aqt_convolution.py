@@ -14,6 +14,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from qvit_jax.arithmetic.exact import exact_dot
 from qvit_jax.arithmetic.products import Window, multiply, raw_product
@@ -56,7 +57,10 @@ def aqt_convolution(how: Rounding, x, w):
   dtype, dot = x.dtype, multiply
   if len(scales) == 2:
     largest = 2 ** (how.acts - 1) * 2 ** (how.weights - 1)
-    dot = functools.partial(exact_dot, largest=largest)
+    # Codes of up to 8 bits are exact in bf16.
+    dot = lambda x, w, window: exact_dot(
+      x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), window, largest
+    )
   return scaled_product(x, w, scales, how.window, dtype, dot)
 
 
