@@ -24,6 +24,9 @@ _PEAK_FLOPS = {
 }
 
 
+_SHORT = 0.02  # seconds of a call
+
+
 def peak_flops() -> float | None:
   """Returns the bf16 peak of all devices in FLOP/s, or None if unknown."""
   kind = jax.devices()[0].device_kind
@@ -46,18 +49,27 @@ def interleave(
   """Returns {name: seconds of each round}; the calls take turns.
 
   Args:
-    calls: Functions that return arrays; each is called once to warm up.
+    calls: Functions that return arrays; each is called once to warm up, and
+      short ones again before every turn: what others left in the caches, and
+      threads that sleep, would be most of their time.
     rounds: Timed turns of each.
   """
   for call in calls.values():
     jax.block_until_ready(call())
+  short = {name for name, call in calls.items() if _seconds(call) < _SHORT}
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      started = time.perf_counter()
-      jax.block_until_ready(call())
-      seconds[name].append(time.perf_counter() - started)
+      if name in short:
+        jax.block_until_ready(call())
+      seconds[name].append(_seconds(call))
   return seconds
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+  started = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - started
 
 
 def spread(values: list[float]) -> dict[str, float]:

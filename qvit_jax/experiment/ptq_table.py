@@ -16,8 +16,14 @@ from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import fixed, timing
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
-from qvit_jax.experiment import calibration, findings, sensitivity
+from qvit_jax.experiment import (
+  calibration,
+  engine_times,
+  findings,
+  sensitivity,
+)
 from qvit_jax.experiment.calibration import Calibration, build_model, nest
+from qvit_jax.experiment.engine_times import EngineTimes
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.quantization.ptq import apply as ptq
@@ -116,6 +122,7 @@ class Table:
     for line in self._rule_lines():
       say(line)
     self._check_mixed()
+    self.engines = EngineTimes(config, self.calibration.batches)
 
   def _parse(self, name: str) -> Row:
     return parse_row(
@@ -208,13 +215,14 @@ class Table:
       row['method'] == self._method(parsed)
       and path.is_file()
       and path.stat().st_size == row['artifact_bytes']
+      and set(self.engines.names) <= set(row.get('engines') or {})
     )
 
   def _row_digest(self) -> str:
     """Returns the digest of everything that a row's numbers depend on."""
     config = config_lib.to_json(self.config)
     # More of them may be asked for later.
-    for field in ('rows', 'qat_runs', 'qat_specs', 'qat_seeds'):
+    for field in ('rows', 'engines', 'qat_runs', 'qat_specs', 'qat_seeds'):
       config['ptq'].pop(field)
     data = self.experiment.data  # files change, and TFDS sets
     config |= {'evaluated': data.evaluated, 'files': data.digest}
@@ -371,8 +379,10 @@ class Table:
       jnp.ones(len(found.logits)),
     )
     metrics = summarize(jax.device_get(sums))
+    engines = self.engines.open(packed, base.packed)
     times = timing.interleave(
-      {'row': found.run, **{name: m.run for name, m in rivals.items()}},
+      {'row': found.run, **{name: m.run for name, m in rivals.items()}}
+      | engines.calls,
       rounds=self.config.ptq.rounds,
     )
     spread = timing.spread(times['row'])
@@ -405,6 +415,7 @@ class Table:
       sites=sites,
       seconds=seconds,
       **metrics,
+      engines=engines.facts(times),
       agreement=compared['agreement'],
       sqnr_db=compared['sqnr_db'],
       **findings.collapse(metrics | compared, base.logits, labels, sites),
@@ -445,4 +456,5 @@ class Table:
       f'{row["artifact_bytes"] / 1e6:.2f} MB ({row["compression"]:.2f}x)  '
       f'{row["latency_ms"]["median"]:.1f} ms ({row["speedup"]:.2f}x)  '
       f'{row["execution"]}' + ('  COLLAPSED' if row['collapsed'] else '')
+      + ''.join(map('  {}'.format, engine_times.texts(row['engines'])))
     )

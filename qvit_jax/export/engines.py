@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -92,6 +93,24 @@ def _needed(name: str) -> Iterator[None]:
     raise _missing(name) from error
 
 
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+  """Keeps OpenVINO from telling its makers that it is imported.
+
+  It does so over the network, from a fork of this process; JAX has threads by
+  then, and a fork of those may hang.
+  """
+  name = 'openvino_telemetry'
+  if name in sys.modules:
+    yield
+    return
+  sys.modules[name] = None  # type: ignore[assignment] - cannot be imported
+  try:
+    yield
+  finally:
+    del sys.modules[name]
+
+
 def _missing(name: str) -> ConfigError:
   return ConfigError(
     f'the engine {name} is not installed; run pip install -r '
@@ -144,7 +163,7 @@ class _OpenVino(Engine):
   name = 'openvino'
 
   def __init__(self, content: bytes | str, threads: int):
-    with _needed(self.name):
+    with _needed(self.name), _unreported():
       import openvino
     self.version = openvino.__version__.partition('-')[0]
     core = openvino.Core()

@@ -77,7 +77,8 @@ def _best(
   if engine:
     prepare, top = jax.jit(prepare), jax.jit(top)
     return lambda pixels: top(engine.run(np.asarray(prepare(pixels))))
-  apply, (whole, given) = experiment.model.module.apply, fixed.split(variables)
+  apply = experiment.model.module.apply
+  whole, given = fixed.split(variables)
   best = jax.jit(
     lambda given, pixels: top(apply(whole(given), prepare(pixels))),
     out_shardings=experiment.whole_sharding,

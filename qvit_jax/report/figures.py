@@ -227,19 +227,36 @@ def _name_lines(axes, names: Sequence[str], size: float = 8) -> None:
   axes.set_yticks(range(len(names)), names, fontsize=size)
 
 
-def latency(lines) -> Figure:
+def latency(lines, engines: Sequence[str] = ()) -> Figure:
   """Returns the median batch time of each row, with its p10 and p90.
 
   Args:
-    lines: (name, median, p10, p90 in ms, whether float32 or bfloat16).
+    lines: (name, median, p10, p90 in ms, whether float32 or bfloat16, the three
+      times in other runtimes by name, or None).
+    engines: Those runtimes.
   """
   figure, (axes,) = _lines([line[0] for line in lines])
-  for y, (_, middle, low, high, is_float) in enumerate(lines):
-    marker, color = _LOOKS['float' if is_float else 'integer']
+  figure.set_figheight(figure.get_figheight() * (1 + 0.25 * len(engines)))
+
+  def draw(y, times, marker, color, label):
+    middle, low, high = times
     axes.plot([low, high], [y, y], color=color, linewidth=2.5, alpha=0.5)
-    axes.plot(middle, y, marker, color=color, markersize=5)
+    axes.plot(middle, y, marker, color=color, markersize=5, label=label)
+
+  step = 0.7 / (len(engines) + 1)  # below each other, within a row's height
+  for row, (_, *times, is_float, others) in enumerate(lines):
+    look = _LOOKS['float' if is_float else 'integer']
+    draw(row - step * len(engines) / 2, times, *look,
+         'ours, float' if is_float else 'ours')  # fmt: skip
     if is_float:
-      axes.axvline(middle, color=color, linewidth=0.8, linestyle=':')
+      axes.axvline(times[0], color=look[1], linewidth=0.8, linestyle=':')
+    for i, name in enumerate(engines):
+      if others.get(name):
+        y = row + step * (i + 1 - len(engines) / 2)
+        look = _MARKERS[2 + i], (_RED, _GREEN)[i % 2]
+        draw(y, others[name], *look, name)
+  if engines:
+    _legend(figure, 'outside upper center')
   axes.set_xlim(left=0)
   axes.set_xlabel('latency of a batch (ms): median, bar from p10 to p90')
   return figure

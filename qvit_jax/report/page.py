@@ -93,6 +93,8 @@ def _html(results: dict[str, Any], drawn: dict[str, str]) -> str:
     curve=curves.table(results),
     curve_heads=curves.HEADS,
     tables=_tables(results),
+    engines=_engines(results),
+    refused=_refused(results),
   )
 
 
@@ -177,6 +179,22 @@ def _name(row: Row) -> str:
   return name if len(name) <= 40 else f'{name[:37]}...'
 
 
+def _engines(results: dict[str, Any]) -> list[str]:
+  """Returns the runtimes that some row was timed in."""
+  timed = (row.get('engines') or {} for row in all_rows(results))
+  return list(dict.fromkeys(name for found in timed for name in found))
+
+
+def _refused(results: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+  """Returns what runtimes cannot run: (row, runtimes, why)."""
+  found: dict[tuple[str, str], list[str]] = {}
+  for row in all_rows(results):
+    for name, timed in (row.get('engines') or {}).items():
+      if why := timed.get('note'):
+        found.setdefault((_phrase(row.get('name')), why), []).append(name)
+  return [(row, names, why) for (row, why), names in found.items()]
+
+
 def _with_top1(results, key: str) -> Iterator[tuple[Row, float, float, bool]]:
   """Yields (row, its `key`, top-1 in percent, whether QAT) where known."""
   trained = len(ptq_rows(results))
@@ -207,15 +225,22 @@ def _accuracy_data(results):
   return points, _base(results)
 
 
+def _times(timed: dict[str, Any]) -> list[float] | None:
+  """Returns median, p10 and p90 in milliseconds, None where one is missing."""
+  times = timed.get('latency_ms') or {}
+  found = [_number(times.get(key)) for key in ('median', 'p10', 'p90')]
+  return None if None in found else found
+
+
 def _latency_data(results):
   lines = []
   for row in all_rows(results):
-    times = row.get('latency_ms') or {}
-    found = [_number(times.get(key)) for key in ('median', 'p10', 'p90')]
-    if None not in found:
+    if found := _times(row):
       is_float = row.get('name') in ('fp32', 'bf16')
-      lines.append((_name(row), *found, is_float))
-  return (lines,)
+      others = row.get('engines') or {}
+      rival = {name: _times(timed) for name, timed in others.items()}
+      lines.append((_name(row), *found, is_float, rival))
+  return lines, _engines(results)
 
 
 def _size_data(results):

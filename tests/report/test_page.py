@@ -78,6 +78,16 @@ def make_row(name, weights, acts, top1, execution='integer', **more):
   return row | more
 
 
+def timed(**more):
+  """What a row says of another runtime."""
+  found = {
+    'version': '9.1', 'profile': 'qdq', 'images_per_second': 1234.5,
+    'latency_ms': {'median': 2.0, 'p10': 1.5, 'p90': 2.5}, 'speedup': 2.75,
+    'kernels': {'integer': 18, 'packed': 0, 'float': 0}, 'note': None,
+  }  # fmt: skip
+  return found | more
+
+
 def make_results():
   baseline = make_row('fp32', 32, 32, 0.9806, 'float', why='a float row')
   rows = [
@@ -298,3 +308,45 @@ def test_the_pareto_front_is_what_no_point_beats(seed):
   ]
   for i, j in itertools.pairwise(front):
     assert points[i][0] <= points[j][0]
+
+
+def with_engines():
+  """Results in which one row runs in two runtimes, and one in none."""
+  results = make_results()
+  why = 'head has activations of 16 bits, for which ONNX has no form'
+  nothing = dict.fromkeys(timed()) | {'note': why}
+  results['rows'][2]['engines'] = {
+    'onnxruntime': timed(),
+    'openvino': timed(images_per_second=2345.5, speedup=3.25),
+  }
+  results['rows'][1]['engines'] = {'onnxruntime': nothing, 'openvino': nothing}
+  return results, why
+
+
+def test_other_runtimes_have_columns_of_their_own(tmp_path):
+  results, why = with_engines()
+  text = page.write(tmp_path, results).read_text()
+  Reader(text)
+  table = text[text.index('<table class="main">') : text.index('</table>')]
+  assert table.count('<th>its float32<small>times</small></th>') == 2
+  row = table[table.index('int8_static') :].split('</tr>')[0]
+  cells = re.findall(r'<td>([^<]*)</td>', row)
+  start = cells.index('1234.5')
+  assert cells[start : start + 4] == ['1234.5', '2.75', '2345.5', '3.25']
+  lengths = {
+    line.count('<td') for line in table.split('<tr')[2:] if '<td' in line
+  }
+  assert len(lengths) == 1  # rows that no runtime has, too
+  assert f'<strong>bf16</strong> (onnxruntime, openvino): {why}' in text
+
+
+def test_the_figure_of_latency_shows_every_runtime(tmp_path):
+  results, _ = with_engines()
+  lines, engines = page.FIGURES[figures.latency](results)
+  assert engines == ['onnxruntime', 'openvino']
+  svg, _ = figures.render(figures.latency, lines, engines)
+  assert all(f'>{name}<' in svg for name in (*engines, 'ours', 'ours, float'))
+  svg, _ = figures.render(figures.latency, *page.FIGURES[figures.latency](
+    make_results()
+  ))  # fmt: skip
+  assert 'ours' not in svg
