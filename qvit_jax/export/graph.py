@@ -28,24 +28,21 @@ class Kernel:
   """Weights of a layer as a matrix [i, o].
 
   Attributes:
-    codes: int8 or int16; of a float kernel the float32 values.
+    codes: int8, or int16 where they do not fit; of a float kernel the float32
+      values.
     scale: float32 [g, o], one row for each group of input channels; None: the
       kernel is float.
     bits: Of a code; 32 of a float kernel.
     group: Input channels that share a row of `scale`.
+    shift: float32 [o] that every weight of a column has beside its code; None:
+      none has.
   """
 
   codes: np.ndarray
   scale: np.ndarray | None
   bits: int
   group: int
-
-  def values(self) -> np.ndarray:
-    """Returns the float32 matrix."""
-    if self.scale is None:
-      return self.codes
-    full = np.repeat(self.scale, self.group, axis=0)[: len(self.codes)]
-    return self.codes.astype(np.float32) * full
+  shift: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +191,8 @@ def _product(
       bias = bias + _float(get('offset')).reshape(width) * total
   if gain is not None:
     total, bias = total * gain, bias * gain
-  return Product(site, plan, _times(_kernel(kernel), total), bias, **codes)
+  made = _halved(_times(_kernel(kernel), total))
+  return Product(site, plan, made, bias, **codes)
 
 
 def _kernel(x: Any) -> Kernel:
@@ -221,3 +219,17 @@ def _narrow(codes: np.ndarray) -> np.ndarray:
   """Returns codes as int8 where they fit."""
   fits = codes.min() >= -128 and codes.max() <= 127
   return codes.astype(np.int8 if fits else np.int16)
+
+
+def _halved(kernel: Kernel) -> Kernel:
+  """Returns a kernel of odd codes of nine bits as codes of eight and a shift.
+
+  2 * k + 1 steps are k double steps and one.
+  """
+  codes = kernel.codes
+  if codes.dtype != np.int16 or len(kernel.scale) > 1 or not (codes % 2).all():
+    return kernel
+  return dataclasses.replace(
+    kernel, codes=(codes >> 1).astype(np.int8), scale=2 * kernel.scale,
+    shift=kernel.scale[0],
+  )  # fmt: skip

@@ -45,6 +45,9 @@ def layer(w: Writer, x: str, p: Product) -> str:
     if is_vector:  # onnxruntime makes a float Gemm of two axes and a bias
       x = w.reshape(x, (-1, 1, *shape))
     y = w.node('MatMul', x, _matrix(w, p.kernel))
+    if p.kernel.shift is not None:
+      total = w.reduce('ReduceSum', x, -1)
+      y = w.node('Add', y, w.node('Mul', total, w.constant(p.kernel.shift)))
     y = w.node('Add', y, bias)
     return w.reshape(y, (-1, p.site.rhs_shape[1])) if is_vector else y
   kernel = p.kernel

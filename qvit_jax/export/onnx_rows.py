@@ -36,6 +36,11 @@ def layer(w: Writer, x: str, p: Product) -> str:
     sums = p.kernel.codes.astype(np.int64).sum(axis=0) * p.kernel.scale[0]
     rest = w.node('Sub', w.constant(_HALF), zero)
     y = w.node('Add', y, w.node('Mul', rest, w.constant(sums)))
+  if p.kernel.shift is not None:
+    total = w.reduce('ReduceSum', w.cast(codes, np.float32), -1)
+    zero = w.node('Mul', zero or w.constant(_HALF), w.constant(rows))
+    total = w.node('Sub', total, zero)
+    y = w.node('Add', y, w.node('Mul', total, w.constant(p.kernel.shift)))
   y = w.node('Add', w.node('Mul', y, scale), w.constant(p.bias))
   return w.reshape(y, (-1, *p.site.lhs_shape[:-1], width))
 

@@ -70,6 +70,8 @@ def _of(products: Iterable[Product]) -> str:
 def _refused(p: Product, profile: str) -> str:
   """Returns why a profile cannot hold a product; '' if it can."""
   plan, kernel = p.plan, p.kernel
+  if p.site.window is not None and kernel.shift is not None:
+    return 'is a convolution with odd codes of nine bits'
   if not plan.acts:
     if kernel is not None and kernel.codes.dtype.kind == 'i':
       return _wide(kernel.codes.itemsize * _INT8)
