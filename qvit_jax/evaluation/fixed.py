@@ -1,9 +1,7 @@
-"""Codes of a packed model as constants of the program that runs it.
+"""Packed models as constants of the program that runs them.
 
 A program that is compiled for codes that stay can turn and widen them once,
-while it is compiled, instead of each time it runs. Scales stay arguments: XLA
-would multiply by the reciprocal of a constant instead of dividing by it, and
-codes of activations would fall to the other side of a half.
+while it is compiled, instead of each time it runs.
 """
 
 from collections.abc import Callable
@@ -17,29 +15,39 @@ def split(variables: Any) -> tuple[Callable[[Any], Any], Any]:
   """Returns (whole, given): what a program is handed, and what it makes of it.
 
   `whole(given)`, called inside the function that is compiled, returns the
-  variables. What `given` lacks is compiled in: all integers, on one CPU.
-  Float weights gain nothing by that, and codes that lie on several devices
-  stay where they are.
+  variables. A packed model on one CPU is compiled in and `given` is empty.
+  Float weights gain nothing by that, codes that lie on several devices stay
+  where they are, and for accelerators nobody has measured it: these are handed
+  over as they are.
 
   Args:
     variables: That no call of the program changes.
   """
+  leaves = jax.tree.leaves(variables)
+  if not (any(map(_is_code, leaves)) and all(map(_is_on_one_cpu, leaves))):
+    return (lambda given: given), variables
+  return (lambda given: guarded(variables)), ()
+
+
+def guarded(variables: Any) -> Any:
+  """Returns constants of which XLA does not see what the floats are.
+
+  By a scale that it knows it would not divide but multiply by the reciprocal,
+  and codes would fall to the other side of a half.
+  """
   leaves, structure = jax.tree.flatten(variables)
-  held = [x if _is_held(x) else None for x in leaves]
-  given = [x if c is None else None for x, c in zip(leaves, held, strict=True)]
-
-  def whole(given: Any) -> Any:
-    return structure.unflatten(
-      x if c is None else c for x, c in zip(given, held, strict=True)
-    )
-
-  return whole, given
+  floats = [x for x in leaves if not _is_code(x)]
+  hidden = iter(jax.lax.optimization_barrier(floats))
+  return structure.unflatten(x if _is_code(x) else next(hidden) for x in leaves)
 
 
-def _is_held(x: Any) -> bool:
+def _is_code(x: Any) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _is_on_one_cpu(x: Any) -> bool:
   return (
-    jax.default_backend() == 'cpu'
-    and isinstance(x, jax.Array)
-    and jnp.issubdtype(x.dtype, jnp.integer)
-    and len(x.sharding.device_set) == 1
+    isinstance(x, jax.Array)
+    and x.sharding.num_devices == 1
+    and all(device.platform == 'cpu' for device in x.sharding.device_set)
   )

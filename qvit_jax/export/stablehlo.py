@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from qvit_jax.evaluation.fixed import guarded
+
 # Chosen when the program is loaded; on accelerators integers multiply there.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -30,27 +32,12 @@ def serialize(apply: Callable[..., Any], variables: Any, size: int) -> bytes:
   variables = jax.tree.map(jnp.asarray, variables)
 
   def logits(images):
-    return apply(_guarded(variables), images).astype(jnp.float32)
+    return apply(guarded(variables), images).astype(jnp.float32)
 
   (batch,) = export.symbolic_shape('b')
   images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
   program = export.export(jax.jit(logits), platforms=PLATFORMS)(images)
   return bytes(program.serialize())
-
-
-def _guarded(variables: Any) -> Any:
-  """Returns variables whose scales XLA does not know while it compiles.
-
-  By a constant it would not divide but multiply by the reciprocal, and codes
-  would fall to the other side of a half.
-  """
-  leaves, structure = jax.tree.flatten(variables)
-  is_code = [jnp.issubdtype(x.dtype, jnp.integer) for x in leaves]
-  floats = [x for x, code in zip(leaves, is_code, strict=True) if not code]
-  hidden = iter(jax.lax.optimization_barrier(floats))
-  return structure.unflatten(
-    x if code else next(hidden) for x, code in zip(leaves, is_code, strict=True)
-  )
 
 
 def load(content: bytes) -> Callable[[Any], Any]:

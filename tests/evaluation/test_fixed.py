@@ -39,27 +39,22 @@ def test_a_program_of_codes_gives_the_bits_of_one_that_is_handed_them(case):
   run = jax.jit(lambda given, x: apply(whole(given), x))
   compiled, _ = timing.compile_timed(run, given, images)
   np.testing.assert_array_equal(compiled(given, images), wanted)
-  # They are no arguments any more, but memory that is reported.
+  # No arguments any more, but memory that is reported.
   codes = sum(
     x.nbytes
     for name, x in tree.flatten(packed.variables).items()
     if name.endswith('kernel/data')
   )
-  rest = tree.num_bytes(packed.variables) - codes
   memory = timing.memory(compiled)
-  assert codes > 20_000
-  assert memory['arguments'] <= rest + images.nbytes + 4096
-  assert memory['peak'] > codes + rest
+  assert memory['arguments'] <= images.nbytes + 4096
+  assert memory['peak'] > memory['arguments'] + codes > 20_000
 
 
-def test_what_is_no_integer_stays_an_argument():
-  variables = {'a': jnp.ones(3), 'b': {'c': jnp.arange(3), 'd': jnp.ones(2)}}
+def test_a_float_model_stays_arguments():
+  variables = {'a': jnp.ones(3), 'b': {'d': jnp.ones(2, jnp.bfloat16)}}
   whole, given = fixed.split(variables)
-  assert [x.shape for x in jax.tree.leaves(given)] == [(3,), (2,)]
-  again = whole(jax.tree.map(lambda x: 2 * x, given))
-  assert jax.tree.structure(again) == jax.tree.structure(variables)
-  np.testing.assert_array_equal(again['a'], [2, 2, 2])
-  np.testing.assert_array_equal(again['b']['c'], [0, 1, 2])
+  assert given is variables
+  assert whole(given) is variables
 
 
 def test_codes_on_several_devices_stay_where_they_are():
@@ -69,11 +64,12 @@ def test_codes_on_several_devices_stay_where_they_are():
     'from qvit_jax.evaluation import fixed\n'
     "mesh = jax.make_mesh((8,), ('data',), (AxisType.Auto,))\n"
     'many = jax.device_put(jnp.arange(8), NamedSharding(mesh, P()))\n'
-    "_, given = fixed.split({'many': many, 'one': jnp.arange(3)})\n"
-    'print(given[0].sharding.num_devices, given[1])\n'
+    'for x in many, jnp.arange(8):\n'
+    "  _, given = fixed.split({'codes': x, 'scale': jnp.ones(8)})\n"
+    '  print(len(given))\n'
   )
   done = subprocess.run(
     [sys.executable, '-c', code], cwd=ROOT, env=os.environ | EIGHT_DEVICES,
     capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert done.stdout == '8 None\n', done.stderr
+  assert done.stdout == '2\n0\n', done.stderr
