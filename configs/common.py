@@ -356,8 +356,9 @@ checkpoint
 export
   export.format = 'safetensors'
     'safetensors' | 'npz' (weights in a layout) | 'packed' (the integers of a
-    run with any quant.recipe but 'none') | 'stablehlo' (the program of
-    jax.export with its weights, of a run or a packed file)
+    run with any quant.recipe but 'none') | 'onnx' (for onnxruntime, OpenVINO
+    and others) | 'stablehlo' (the program of jax.export with its weights); both
+    of a run or a packed file
   export.profile = ''
     Form of an ONNX file: 'qdq' (calibrated ranges; onnxruntime, OpenVINO,
     TensorRT) | 'dynamic' (each row finds its range; onnxruntime) |

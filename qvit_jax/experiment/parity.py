@@ -1,6 +1,7 @@
 """An exported model in other runtimes, beside our own evaluation of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from qvit_jax import models
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ExportError
+from qvit_jax.evaluation import fixed
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
 from qvit_jax.experiment import calibration
 from qvit_jax.experiment.experiment import Experiment
@@ -69,8 +71,11 @@ def metrics_of(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 def our_run(experiment: Experiment, packed: Packed) -> Callable[[Any], Any]:
   """Returns our own forward pass of a packed model, compiled."""
-  module = experiment.model.module
-  return jax.jit(lambda images: module.apply(packed.variables, images))
+  apply, (whole, given) = experiment.model.module.apply, fixed.split(
+    packed.variables
+  )
+  run = jax.jit(lambda given, images: apply(whole(given), images))
+  return functools.partial(run, given)
 
 
 def find_ranges(

@@ -270,8 +270,11 @@ class Table:
     return row.method(plans.row_notes(row, self.products))
 
   def _plain_stats(self) -> dict[str, calibrate.SiteStats] | None:
-    """Returns what static rows saw of the untransformed model, if any did."""
-    if any(row.is_static and not row.transforms for row in self.rows):
+    """Returns what was seen of the untransformed model; None: no row is static.
+
+    A row that transforms it read this before, unless it only turns it.
+    """
+    if any(row.is_static for row in self.rows):
       return self._observe((), self.params)
     return self._stats.get(())
 

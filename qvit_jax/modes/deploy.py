@@ -118,6 +118,7 @@ def check_unpacked(config: Any) -> None:
   if METHODS[config.quant.recipe].is_packed:
     raise ExportError(
       f'export.format={config.export.format!r} is written of a run, but '
-      f'checkpoint.path={config.checkpoint.path!r} is packed already; set '
-      '--config.export.format=stablehlo'
+      f'quant.recipe={config.quant.recipe!r} means a packed file; set '
+      '--config.export.format=stablehlo, or --config.quant.recipe= to that of '
+      'a run'
     )

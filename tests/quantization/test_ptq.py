@@ -437,7 +437,8 @@ def test_the_table_of_a_run(trained, tmp_path, monkeypatch, capsys):
     one = seen[entry['site']][side]
     assert [one['low'], one['high']] == entry['edges']
     assert one['counts'] == entry['counts']
-  assert out.count('calibration: ranges of 40 images') == 2  # plain and turned
+  # Plain, turned and smoothed.
+  assert out.count('calibration: ranges of 40 images') == 3
   assert 'rule: ^patch_embed$ a8 (first layer), in rows of fewer bits' in out
   assert len(drawn) == 1  # histograms are not drawn again at every row
   assert len(passes) == len(names)  # each row reads the split once
@@ -499,9 +500,13 @@ def _check_report(found, result, page):
   assert kinds == {'patch_embed', 'query', 'key', 'value', 'qk lhs', 'qk rhs',
                    'av lhs', 'av rhs', 'out', 'fc1', 'fc2', 'head'}  # fmt: skip
   for entry in result['histograms']:
-    assert set(entry['ranges']) == {'int8_static', 'int8_clip_95'}
+    # int8_static has other values: smooth_quant comes first.
+    assert set(entry['ranges']) == {'int8_clip_95'}
     low, high = entry['ranges']['int8_clip_95']
-    assert entry['edges'][0] <= low <= high <= entry['edges'][1]
+    if entry['kind'] in ('qk lhs', 'qk rhs', 'av rhs'):
+      assert -low == high <= np.abs(entry['edges']).max()
+    else:
+      assert entry['edges'][0] <= low <= high <= entry['edges'][1]
   assert len(result['sensitivity']['sites']) == 18
 
 

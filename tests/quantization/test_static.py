@@ -134,6 +134,7 @@ def test_a_name_asks_for_static_ranges_at_any_bits(model):
   [
     ('int8_static', True, 'auto', 'minmax'),
     ('w4a8_static', True, 'auto', 'minmax'),
+    ('w6a6_static', True, 'auto', 'minmax'),
     ('w8a4_static', True, 'auto', 'mse'),
     ('int8_static', False, 'auto', 'mse'),
     ('int8_static', True, 'entropy', 'entropy'),

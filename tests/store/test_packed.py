@@ -289,6 +289,21 @@ def test_packing_another_export_leaves_one_file(runs, tmp_path):
     assert there == {name, 'parity.json'}
 
 
+@pytest.mark.parametrize('of', ['run', 'weights'])
+def test_a_program_is_written_of_a_run_and_of_weights(runs, tmp_path, of):
+  config = aqt_config() if of == 'run' else small_config()
+  config.export.format = 'stablehlo'
+  if of == 'run':
+    config.checkpoint.path = str(runs / 'aqt')
+  else:
+    config.weights.path = str(runs / 'timm.safetensors')
+  modes.run('export', config, str(tmp_path))
+  parity = json.loads((tmp_path / 'export' / 'parity.json').read_text())
+  assert parity['execution'] == {'run': 'integer', 'weights': 'float'}[of]
+  assert parity['agreement'] == 1.0
+  assert parity['largest_difference'] <= 1e-5 * parity['largest_logit']
+
+
 # Mistakes
 
 
@@ -302,8 +317,10 @@ def fails(error, mode, config, workdir, *parts, overrides=()):
     assert part in text
 
 
-@pytest.mark.parametrize('mode', sorted(set(modes.MODES) - {'eval', 'predict'}))
-def test_only_eval_reads_a_packed_model(mode, tmp_path):
+@pytest.mark.parametrize(
+  'mode', sorted(set(modes.MODES) - {'eval', 'predict', 'export'})
+)
+def test_only_some_modes_read_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
   recipe = 'none'

@@ -189,7 +189,7 @@ def _uniform(name: str, weights: int, acts: int, **more: Any) -> Row:
 
 def _usual_range(row: Row, has_stream: bool) -> str:
   """Returns the range that measured best for a static row; docs/results.md."""
-  return 'minmax' if row.default.acts >= 8 and has_stream else 'mse'
+  return 'minmax' if row.default.acts >= 6 and has_stream else 'mse'
 
 
 def _solvers(weights: int, acts: int) -> tuple[str, ...]:
