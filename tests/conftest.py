@@ -1,6 +1,7 @@
 """Test set-up: CPU only, and fixtures shared by several files."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -24,11 +25,11 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 # Most of the time goes into compiling models that then run for milliseconds;
 # without these passes it is a third. XLA_FLAGS='' before pytest tests what
 # users get; do so before a release.
-os.environ.setdefault(
-    'XLA_FLAGS',
-    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-    '--xla_cpu_parallel_codegen_split_count=1',
-)  # fmt: skip
+_FLAGS = ['--xla_backend_optimization_level=0',
+          '--xla_cpu_parallel_codegen_split_count=1']  # fmt: skip
+if importlib.metadata.version('jaxlib').startswith('0.10.'):  # gone in 0.11
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ.setdefault('XLA_FLAGS', ' '.join(_FLAGS))
 
 # OpenVINO's reports over the network, from a fork beside JAX's threads.
 sys.modules.setdefault('openvino_telemetry', None)
