@@ -1,6 +1,7 @@
 """What `--mode=benchmark` times of an experiment and its float twin."""
 
 import copy
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,9 @@ from qvit_jax.evaluation import fixed, timing
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.models import Cut
-from qvit_jax.modes import session
+from qvit_jax.modes import engine_benchmark, session
 from qvit_jax.modes.session import say
+from qvit_jax.quantization import METHODS
 from qvit_jax.report import rows as report
 from qvit_jax.store import files
 
@@ -286,8 +288,21 @@ def table(result: dict[str, Any]) -> str:
 
 
 def benchmark(config: Any, workdir: str) -> None:
-  """Times training and inference beside the float twin, and the data path."""
+  """Times training and inference beside the float twin, and the data path.
+
+  Of a packed file, or with `eval.engine`: inference alone, in every engine.
+  """
+  packs = METHODS[config.quant.recipe].is_packed
   with session.opened(workdir) as place:
+    if packs or config.eval.engine != 'jax':
+      say('mode      benchmark')
+      inference = engine_benchmark.run(config, _ROUNDS)
+      _write(config, place, {'inference': inference})
+      say(engine_benchmark.table(inference))
+      say(f'results in {place / "benchmark.json"}')
+      return
+    if path := config.checkpoint.path:
+      say(f'note: checkpoint.path={path!r} is not read: weights are random')
     experiment = Experiment(config, training=True)
     session.header('benchmark', experiment, place)
     session.add_teacher(experiment)
@@ -298,8 +313,6 @@ def benchmark(config: Any, workdir: str) -> None:
     if method.learns_steps:
       twins['aqt'] = _twin(experiment, 'aqt')  # what learned steps cost
     result = {
-      'environment': report.environment(),
-      'config_digest': report.config_digest(config_lib.to_json(config)),
       'bits': experiment.model.bits,
       'rounds': _ROUNDS,
       'size_bytes': {
@@ -309,10 +322,19 @@ def benchmark(config: Any, workdir: str) -> None:
       'inference': time_inference(twins, rounds=_ROUNDS),
       'loader': time_loader(experiment, rounds=_LOADER_ROUNDS),
     }
-    if jax.process_index() == 0:
-      files.write_json(place / 'benchmark.json', result)
+    _write(config, place, result)
     say(table(result))
     say(f'results in {place / "benchmark.json"}')
+
+
+def _write(config: Any, place: pathlib.Path, result: dict[str, Any]) -> None:
+  """Writes benchmark.json, on the first process."""
+  if jax.process_index() == 0:
+    digest = report.config_digest(config_lib.to_json(config))
+    files.write_json(
+      place / 'benchmark.json',
+      {'environment': report.environment(), 'config_digest': digest, **result},
+    )
 
 
 def _twin(experiment: Experiment, recipe: str) -> Experiment:
