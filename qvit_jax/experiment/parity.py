@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from qvit_jax.export.engines import Engine
 from qvit_jax.ops import SiteConv, SiteDense, SiteProduct
 from qvit_jax.quantization.packed import Packed
 
-_FEW = 8  # images whose products are compared one by one
+# Images whose products are compared one by one, and bytes of their operands.
+_FEW, _MOST_BYTES = 8, 2**27
 _EQUAL = 1e-5  # of a product's largest result: float32's rounding
 _KEPT = ('loss', 'top1', 'top5')
 
@@ -151,7 +153,12 @@ def compare_products(experiment: Experiment, packed: Packed) -> dict[str, Any]:
     that of the product with the fewest, and its path.
   """
   config = experiment.config
-  images = next(eval_images(experiment))[0][:_FEW]
+  size = sum(
+    4 * (math.prod(site.lhs_shape) + math.prod(site.rhs_shape))
+    for site in packed.plan.sites
+  )
+  count = max(1, min(_FEW, _MOST_BYTES // size))
+  images = next(eval_images(experiment))[0][:count]
   given, results = jax.device_get(
     jax.jit(lambda x: operands(config, packed, x))(images)
   )
