@@ -12,7 +12,14 @@ import pytest
 from qvit_jax import modes
 from qvit_jax.errors import ConfigError, ExportError
 from qvit_jax.export import engines
-from tests.conftest import make_digits_config, notes_of
+from tests.conftest import (
+  EIGHT_DEVICES,
+  TINY,
+  make_digits_config,
+  notes_of,
+  run_main,
+  start_two,
+)
 from tests.modes.test_predict import predict, write_images
 
 ENGINES = 'onnxruntime', 'openvino'
@@ -302,3 +309,34 @@ def test_a_missing_onnx_says_what_to_install(trained, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'onnx', None)
   with pytest.raises(ExportError, match='pip install -r requirements-onnx.txt'):
     evaluated(trained, tmp_path, 'onnxruntime')
+
+
+@pytest.mark.slow
+def test_a_runtime_runs_in_one_process(trained, tmp_path):
+  processes = start_two(
+    *TINY, '--mode=eval', f'--workdir={tmp_path}', '--config.quant.recipe=none',
+    '--config.eval.engine=onnxruntime', f'--config.checkpoint.path={trained}',
+  )  # fmt: skip
+  said = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [2, 2]
+  assert all(
+    "eval.engine='onnxruntime' runs in one process, but there are 2" in text
+    for text in said
+  )
+
+
+@pytest.mark.slow
+def test_eight_devices_prepare_the_images_of_a_runtime(trained, tmp_path):
+  rows = []
+  for engine in ('jax', 'onnxruntime'):
+    done = run_main(
+      *TINY, '--mode=eval', f'--workdir={tmp_path}',
+      '--config.quant.recipe=none', f'--config.eval.engine={engine}',
+      f'--config.checkpoint.path={trained}', env=EIGHT_DEVICES,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows.append(read(tmp_path, 'results.json')['baseline'])
+  ours, theirs = rows
+  assert theirs['engine']['name'] == 'onnxruntime'
+  assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)
+  assert theirs['confusion'] == ours['confusion']
