@@ -95,7 +95,7 @@ class EngineTimes:
     """
     self.names = names(config)
     self._config, self._images = config, images
-    self._floats: dict[str, Engine] = {}
+    self._floats: dict[str, Engine | str] = {}
     size = config.model.image_size
     shape = (config.ptq.latency_batch, size, size, 3)
     rng = np.random.default_rng(0)
@@ -108,46 +108,41 @@ class EngineTimes:
       packed: The row's model.
       base: That of float32.
     """
-    self._open_floats(base)
-    model, why, profile = None, '', ''
-    if self.names:
-      try:
-        model = self._write(packed)
-        profile = onnx_model.fact(model, 'profile')
-      except ExportError as error:
-        why = _short(error)
+    if self.names and not self._floats:
+      self._floats, _ = self._opened(base)
     if packed.dtype != base.dtype:
       why = f'its {packed.dtype} parts would be float32 in an ONNX file'
-    calls, models = {}, {}
-    for name in self.names:
-      models[name] = why or self._open(name, packed, base, model)
-      if not isinstance(models[name], str):
-        calls[name] = self._call(models[name])
-        calls[f'{name} fp32'] = self._call(self._floats[name])
-    return _Opened(len(self._timed), calls, models, profile)
+      found, profile = dict.fromkeys(self.names, why), ''
+    elif packed.execution == 'float':
+      found, profile = dict(self._floats), 'float'
+    else:
+      found, profile = self._opened(packed)
+    calls = {}
+    for name, engine in found.items():
+      floats = self._floats[name]
+      if isinstance(floats, str):  # nothing to compare with
+        found[name] = floats
+      elif not isinstance(engine, str):
+        calls[name] = self._call(engine)
+        calls[f'{name} fp32'] = self._call(floats)
+    return _Opened(len(self._timed), calls, found, profile)
 
-  def _write(self, packed: Packed) -> Any:
-    images = lambda: self._images(_IMAGES)
-    return in_engines.write(self._config, packed, images)
-
-  def _open_floats(self, base: Packed) -> None:
-    if self.names and not self._floats:
-      model = self._write(base)
-      for name in self.names:
-        self._floats[name] = in_engines.open_model(
-          name, model, self._config, base
-        )
-
-  def _open(
-    self, name: str, packed: Packed, base: Packed, model: Any
-  ) -> Engine | str:
-    """Returns an engine with the row, or why it cannot have it."""
-    if packed.execution == 'float':
-      return self._floats[name]
+  def _opened(self, packed: Packed) -> tuple[dict[str, Engine | str], str]:
+    """Returns a model in each engine, or why it cannot have it; its profile."""
+    found: dict[str, Engine | str] = {}
+    if not self.names:
+      return found, ''
     try:
-      return in_engines.open_model(name, model, self._config, packed)
+      images = lambda: self._images(_IMAGES)
+      model = in_engines.write(self._config, packed, images)
     except ExportError as error:
-      return _short(error)
+      return dict.fromkeys(self.names, _short(error)), ''
+    for name in self.names:
+      try:
+        found[name] = in_engines.open_model(name, model, self._config, packed)
+      except ExportError as error:
+        found[name] = _short(error)
+    return found, onnx_model.fact(model, 'profile')
 
   def _call(self, engine: Engine) -> Callable[[], Any]:
     return lambda: engine.run(self._timed)

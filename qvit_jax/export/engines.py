@@ -252,10 +252,10 @@ def open_engine(name: str, model: Any, threads: int = 0) -> Engine:
   """
   try:
     content = model.SerializeToString()
-  except ValueError as error:  # protobuf's limit
+  except Exception as error:  # protobuf's limit, of a type of its own
     raise ExportError(
-      f'a model of over 2 GB is no single ONNX file, which {name} would load; '
-      'set --config.eval.engine=jax or give a smaller model'
+      f'{name} loads one ONNX file, which cannot hold over 2 GB; leave {name} '
+      'out or give a smaller model'
     ) from error
   return ENGINES[name](content, threads)
 
