@@ -75,14 +75,13 @@ def make_products(
 
 
 def float_products(config: Any, packed: Packed) -> int:
-  """Returns how many products of a model's file are of float numbers.
+  """Returns how many products of a model's file are of float numbers, at most.
 
-  With those of Hadamard matrices, and of attention whose codes take nine bits.
+  With those of Hadamard matrices, of means over windows (one an axis), and of
+  attention whose codes take nine bits.
   """
   program = graph.program(config, packed)
-  if profiles.choose(program) == 'float':
-    return len(program.products)
-  total = 0
+  total = 2 * sum(node.kind == 'windows_mean' for node in program.nodes)
   for p in program.products.values():
     is_float = not p.plan.acts and (p.kernel is None or p.kernel.scale is None)
     is_wide = p.plan.acts == _BYTE and not (

@@ -12,7 +12,7 @@ import pytest
 
 from qvit_jax import models, tree
 from qvit_jax.experiment import parity
-from qvit_jax.export import onnx_model
+from qvit_jax.export import engines, onnx_model
 from tests import small_cnns, small_models
 
 KINDS = {
@@ -185,3 +185,25 @@ def test_runtimes_give_the_logits_of_a_convolutional_network(
 @pytest.mark.parametrize('kind', ['linear', 'same'])
 def test_products_of_a_convolutional_network_have_our_codes(kind, monkeypatch):
   check_products(*packed_cnn(CNNS[kind](monkeypatch), 'int8_static'))
+
+
+@pytest.mark.parametrize('kind', ['paper', 'same'])
+def test_integer_convolutions_stay_integers_in_both_runtimes(
+  kind, monkeypatch
+):
+  config, packed = packed_cnn(CNNS[kind](monkeypatch), 'int8_static')
+  missing = onnx_model.missing_ranges(config, packed)
+  # What goes into a sum or a mean; VGG's last convolution, for its mean.
+  assert bool(missing) and all('depthwise' not in path for path in missing)
+  ranges = parity.ranges_of(config, packed, [images_of(config)])
+  assert set(ranges) == set(missing)
+  model = onnx_model.make_model(config, packed, ranges=ranges)
+  expected = small_models.packed_logits(config, packed, images_of(config))
+  for name in engines.ENGINES:
+    engine = engines.open_engine(name, model)
+    # Means over windows of the paper's classifier are two products.
+    assert engine.kernels().float <= 2 * (kind == 'paper')
+    parity.check_kernels(engine, config, packed)
+    assert engine.kernels().integer == len(packed.plan.sites)
+    error = np.abs(engine.run(images_of(config)) - expected).max()
+    assert error < 0.05 * np.abs(expected).max()
