@@ -265,8 +265,7 @@ class _Translation:
     is_implied = zero == 0 and last <= most * (1 + 1e-5) and bits == _BYTE
     if not is_implied:
       # Bytes at once: a bound between them would make the kernel float.
-      if bits == _BYTE:
-        x = onnx_products.coded(w, x, codes, bits)
+      x = onnx_products.coded(w, x, codes, _BYTE)
       x = self._bounded(x, least, most)
     return onnx_products.coded(w, x, codes, bits)
 

@@ -82,7 +82,8 @@ def write(
   )  # fmt: skip
   if packed.dtype != 'float32':
     say(f'note: what is {packed.dtype} here is float32 in the file')
-  for line in _lines(found, products, profile):
+  floats = onnx_model.float_products(config, packed)
+  for line in _lines(found, products, profile, floats):
     say(line)
   say(f'{len(content):,} bytes in {target} (profile {profile})')
 
@@ -103,9 +104,16 @@ def _facts(experiment: Experiment, packed: Packed) -> dict[str, str]:
 
 
 def _lines(
-  found: dict[str, Any], products: dict[str, Any], profile: str
+  found: dict[str, Any], products: dict[str, Any], profile: str, floats: int
 ) -> list[str]:
-  """Returns how the file compares, a line a runtime."""
+  """Returns how the file compares, a line a runtime.
+
+  Args:
+    found: Of `parity.measure`, with kernels.
+    products: Of `parity.compare_products`, or nothing.
+    profile: Of the file.
+    floats: Products of float numbers in it.
+  """
   ours, count = found['jax'], found['num_examples']
   lines = [
     f'parity    {count} images of {found["split"]}: our own top1 '
@@ -121,6 +129,11 @@ def _lines(
       f'{kernels["integer"]} integer, {kernels["packed"]} of packed weights, '
       f'{kernels["float"]} float'
     )
+    if profile == 'weight_only' and kernels['float'] > floats:
+      lines.append(
+        f'note: {name} unpacks {kernels["float"] - floats} kernels as it loads '
+        'the file, which is small on disk alone'
+      )
   if products:
     least = products['least_equal']
     lines.append(
