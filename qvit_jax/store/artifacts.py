@@ -114,10 +114,15 @@ def load(
     WeightsError: The file is damaged, no artifact of ours, or of another model.
   """
   header = read_header(path)
-  if header['format'] > _FORMAT or header['architecture'] != architecture:
+  if header['format'] > _FORMAT:
     raise WeightsError(
-      f'weights {path}: it is of another model or a newer format; give model.* '
-      'the values it was made with'
+      f'weights {path}: it has format {header["format"]}, and this version '
+      f'reads up to {_FORMAT}; update qvit_jax'
+    )
+  if header['architecture'] != architecture:
+    raise WeightsError(
+      f'weights {path}: it is of another model; give model.* the values it was '
+      'made with'
     )
   arrays, _ = tensors.read_described(path, KEY)
   flat = {name: jnp.asarray(x) for name, x in arrays.items()}

@@ -143,6 +143,20 @@ def test_what_no_profile_holds_is_one_line(
   assert not (tmp_path / 'export' / 'model.onnx').exists()
 
 
+def test_a_target_that_cannot_be_written_is_one_line(files, tmp_path):
+  (tmp_path / 'export' / 'model.onnx').mkdir(parents=True)
+  with pytest.raises(QvitError, match='model.onnx') as found:
+    export(files, 'int8_static', tmp_path)
+  assert '\n' not in str(found.value)
+
+
+def test_a_file_of_a_newer_format_is_one_line(files, tmp_path, monkeypatch):
+  monkeypatch.setattr(artifacts, '_FORMAT', 2)  # an older reader
+  with pytest.raises(QvitError, match='format 3.*up to 2; update') as found:
+    export(files, 'w4a4', tmp_path)
+  assert '\n' not in str(found.value)
+
+
 def test_export_without_the_package_says_what_to_install(
   files, tmp_path, monkeypatch
 ):
