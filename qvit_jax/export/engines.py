@@ -248,16 +248,9 @@ def open_engine(name: str, model: Any, threads: int = 0) -> Engine:
 
   Raises:
     ConfigError: The runtime is not installed.
-    ExportError: It does not load the file.
+    ExportError: It does not load the file, or that is too large.
   """
-  try:
-    content = model.SerializeToString()
-  except Exception as error:  # protobuf's limit, of a type of its own
-    raise ExportError(
-      f'{name} loads one ONNX file, which cannot hold over 2 GB; leave {name} '
-      'out or give a smaller model'
-    ) from error
-  return ENGINES[name](content, threads)
+  return ENGINES[name](onnx_file.to_bytes(model), threads)
 
 
 def open_file(name: str, path: str, threads: int = 0) -> Engine:

@@ -32,6 +32,21 @@ def package() -> Any:
   return onnx
 
 
+def to_bytes(model: Any) -> bytes:
+  """Returns the content of a file.
+
+  Raises:
+    ExportError: It would be larger than the format's library allows.
+  """
+  try:
+    return model.SerializeToString()
+  except ValueError as error:  # protobuf's limit
+    raise ExportError(
+      'the model is larger than the 2 GB of one ONNX file; pack it (--mode=ptq) '
+      'or set --config.export.format=stablehlo'
+    ) from error
+
+
 class Writer:
   """Nodes and constants of a model that is being made."""
 

@@ -9,7 +9,7 @@ from qvit_jax import models
 from qvit_jax.errors import ExportError
 from qvit_jax.experiment import parity
 from qvit_jax.experiment.experiment import Experiment
-from qvit_jax.export import engines, onnx_model
+from qvit_jax.export import engines, onnx_file, onnx_model
 from qvit_jax.quantization.packed import Packed
 from qvit_jax.store import files
 
@@ -66,9 +66,9 @@ def write(
   products = {}
   if 'onnxruntime' in found['engines'] and profile != 'float':
     products = parity.compare_products(experiment, packed)
-  content = (
-    make(preprocess=True) if config.export.preprocess else model
-  ).SerializeToString()
+  if config.export.preprocess:
+    model = make(preprocess=True)
+  content = onnx_file.to_bytes(model)
   target = place / 'export' / NAME
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
