@@ -42,8 +42,8 @@ def to_bytes(model: Any) -> bytes:
     return model.SerializeToString()
   except ValueError as error:  # protobuf's limit
     raise ExportError(
-      'the model is larger than the 2 GB of one ONNX file; pack it (--mode=ptq) '
-      'or set --config.export.format=stablehlo'
+      'the model is larger than the 2 GB of one ONNX file; pack it with '
+      '--mode=ptq, or set --config.export.format=stablehlo'
     ) from error
 
 
