@@ -168,7 +168,7 @@ HAS_LAYOUT = Need(
   '--config.export.format=safetensors',
 )
 TIMES_PACKED = Need(
-  lambda c: c.quant.recipe == 'ptq',
+  lambda c: c.checkpoint.path,
   'they take turns with a packed file; set --config.quant.recipe=ptq and '
   '--config.checkpoint.path=',
 )

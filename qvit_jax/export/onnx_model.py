@@ -302,7 +302,7 @@ class _Translation:
     count, added = sum(t.shape[1] for t in first), 0
     if first:
       width = first[0].shape[-1]
-      patches = self.program.products['patch_embed'].site.lhs_shape[0]
+      patches = node.facts['patches']
       added = np.concatenate([*first, np.zeros((1, patches, width))], axis=1)
       pads = w.constant((0, count, 0, 0, 0, 0), np.int64)
       x = w.node('Pad', x, pads)

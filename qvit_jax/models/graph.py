@@ -11,8 +11,8 @@ Kinds of operations, with their inputs and what else they say:
   product         a, b; path, of          -> 'qk' of heads: [b, k, n, m];
                                              'av': [b, n, k * d]
   norm            x; path, epsilon        LayerNorm of the last axis
-  tokens          x; paths, position      learned tokens [1, t, d] before x, and
-                                             positions added to all of them
+  tokens          x; paths, position,     learned tokens [1, t, d] before the
+                  patches                    patches, positions added to all
   probe           x; path                 -> learned token [b, 1, d]
   rotate          x; angles [n, d / 2]    rotary positions of heads
   rectify         x; path, name, form     Q-ViT's rectified queries or keys

@@ -21,13 +21,14 @@ def draw(o: Options, image_size: int, g: Graph) -> None:
   count = len(paths) + o.registers
   if o.registers:
     paths = (*paths, 'registers')
-  is_learned = o.position == 'learned'
+  is_learned, side = o.position == 'learned', image_size // o.patch
   if paths or is_learned:
     position = 'pos_embed' if is_learned else ''
-    x = g.add('tokens', x, paths=paths, position=position)
+    x = g.add(
+      'tokens', x, paths=paths, position=position, patches=side * side
+    )
   angles = None
   if not is_learned:
-    side = image_size // o.patch
     angles = rope.angles(side, side, o.width // o.heads, count)
   if o.pre_norm:
     x = _norm(o, g, x, 'pre_norm')

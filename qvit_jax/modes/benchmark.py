@@ -13,6 +13,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data.bare_loop import BareLoop
 from qvit_jax.data.batches import StreamedSplit
 from qvit_jax.data.listing import Files
+from qvit_jax.errors import ConfigError
 from qvit_jax.evaluation import fixed, timing
 from qvit_jax.experiment import teacher as teacher_lib
 from qvit_jax.experiment.experiment import Experiment
@@ -301,6 +302,12 @@ def benchmark(config: Any, workdir: str) -> None:
       say(engine_benchmark.table(inference))
       say(f'results in {place / "benchmark.json"}')
       return
+    if config.eval.rivals:
+      raise ConfigError(
+        f'eval.rivals={tuple(config.eval.rivals)} take turns with a packed '
+        'file; set --config.quant.recipe=ptq, and --config.checkpoint.path= to '
+        'the file'
+      )
     if path := config.checkpoint.path:
       say(f'note: checkpoint.path={path!r} is not read: weights are random')
     experiment = Experiment(config, training=True)

@@ -23,6 +23,7 @@ from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.experiment.model import Model, folded
 from qvit_jax.export import engines
 from qvit_jax.modes.session import say
+from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.packed import Packed
 
 FLOAT = 'float32'
@@ -235,7 +236,7 @@ def _subjects(
   config: Any, rivals: Sequence[pathlib.Path]
 ) -> dict[str, tuple[Any, Packed]]:
   """Returns the models of ours that are timed beside float32, by label."""
-  if config.quant.recipe == 'ptq':
+  if METHODS[config.quant.recipe].is_packed:
     _, packed = first = _packed(config, config.checkpoint.path)
     say(f'model     {Model(config, packed).title}')
     found = {pathlib.Path(config.checkpoint.path).stem: first}

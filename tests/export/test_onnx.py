@@ -34,9 +34,9 @@ ROWS = {
   'int4_weight_only': 'weight_only',
   'int4_weight_only_g32': 'weight_only',
 }
-# Each row meets two kinds of backbone, each kind one or two rows.
+# Each row meets two kinds of backbone, one of them in the slow tests.
 PAIRS = [
-  (kind, row)
+  pytest.param(kind, row, marks=[pytest.mark.slow] if (i + j) % 8 else [])
   for i, row in enumerate(ROWS)
   for j, kind in enumerate(KINDS)
   if (i + j) % 4 == 0
@@ -171,8 +171,11 @@ CNNS = {
 @pytest.mark.parametrize(
   ('kind', 'row'),
   [
-    ('linear', 'fp32'), ('paper', 'int8_static'), ('paper', 'int8_weight_only'),
-    ('torch', 'int4_weight_only_g32'), ('same', 'fp32'),
+    ('linear', 'fp32'), ('same', 'int8_static'),
+    pytest.param('paper', 'int8_static', marks=pytest.mark.slow),
+    pytest.param('paper', 'int8_weight_only', marks=pytest.mark.slow),
+    pytest.param('torch', 'int4_weight_only_g32', marks=pytest.mark.slow),
+    pytest.param('same', 'fp32', marks=pytest.mark.slow),
   ],
 )  # fmt: skip
 def test_runtimes_give_the_logits_of_a_convolutional_network(
@@ -189,8 +192,11 @@ def test_products_of_a_convolutional_network_have_our_codes(kind, monkeypatch):
 
 @pytest.mark.parametrize(
   ('kind', 'row', 'near'),
-  [('paper', 'int8_static', 0.05), ('same', 'int8_static', 0.05),
-   ('same', 'w4a4_static', 0.5)],
+  [
+    ('same', 'int8_static', 0.05),
+    pytest.param('paper', 'int8_static', 0.05, marks=pytest.mark.slow),
+    pytest.param('same', 'w4a4_static', 0.5, marks=pytest.mark.slow),
+  ],
 )  # fmt: skip
 def test_integer_convolutions_stay_integers_in_both_runtimes(
   kind, row, near, monkeypatch

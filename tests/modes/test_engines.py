@@ -136,6 +136,7 @@ def test_a_table_times_every_runtime(table):
   assert page.count('its float32<small>') == 2
 
 
+@pytest.mark.slow
 def test_rows_are_measured_again_where_a_runtime_is_new(
   trained, tmp_path, capsys
 ):

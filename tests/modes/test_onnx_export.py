@@ -168,7 +168,7 @@ def test_export_without_the_package_says_what_to_install(
 @pytest.mark.parametrize(
   ('recipe', 'bits'),
   [
-    ('lsq', 'w8a8'),
+    pytest.param('lsq', 'w8a8', marks=pytest.mark.slow),
     pytest.param('aqt', 'w8a8', marks=pytest.mark.slow),
     pytest.param('qvit', 'w8a8', marks=pytest.mark.slow),
     # Its codes of 8 bits are odd ones of nine.

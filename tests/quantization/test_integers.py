@@ -156,6 +156,7 @@ def test_a_trained_model_has_products_of_int8_too():
   check_program(config, aqt_packed(config))
 
 
+@pytest.mark.slow
 def test_convolutions_are_products_of_int8_but_depthwise_ones(monkeypatch):
   config = vgg_config(batch_norm='none')
   check_program(config, aqt_packed(config))
