@@ -264,9 +264,8 @@ def _keep_memory() -> None:
 def _widen_vectors() -> None:
   """Lets XLA use the whole vectors of a CPU that has them.
 
-  It prefers half of AVX-512 by itself, with which a MobileNetV2 takes 1.2 to
-  1.4 times as long on some CPUs (docs/results.md). Whoever sets XLA_FLAGS
-  decides.
+  It prefers half of AVX-512 by itself, with which a MobileNetV2 takes longer on
+  some CPUs (docs/results.md). Whoever sets XLA_FLAGS decides.
   """
   try:
     text = pathlib.Path('/proc/cpuinfo').read_text()

@@ -16,6 +16,10 @@ from qvit_jax.quantization.packed import Packed
 # Images for ranges that calibration does not keep: the time does not follow.
 _IMAGES = 32
 _AUTO = ('auto',)
+NONE = (
+  'no other runtime is installed, so rows are timed in JAX alone; pip install '
+  '-r requirements-onnx.txt'
+)
 
 
 def names(config: Any) -> tuple[str, ...]:

@@ -20,9 +20,6 @@ from qvit_jax.quantization import build_plan
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.packed import Packed
 
-# Training images by which results of integer convolutions get their ranges.
-_IMAGES = 256
-
 
 def as_packed(model: Model, variables: Mapping[str, Any]) -> tuple[Any, Packed]:
   """Returns what a model evaluates as a packed one, and its config.
@@ -125,10 +122,11 @@ def opened(
       )
     experiment.open_training_split()
     lines.append(
-      f'ranges of sums and means are those of {_IMAGES} training images'
+      f'ranges of sums and means are those of {parity.RANGE_IMAGES} training '
+      'images'
     )
   images = lambda: (
-    x for x, _ in calibration.prepared(experiment, _IMAGES)
+    x for x, _ in calibration.prepared(experiment, parity.RANGE_IMAGES)
   )
   engine = open_model(name, write(config, packed, images), config, packed)
   found = facts(engine)
@@ -137,6 +135,7 @@ def opened(
     f'{name} {engine.version}: {counts["integer"]} products of integers, '
     f'{counts["packed"]} of packed weights, {counts["float"]} float'
   ))  # fmt: skip
+  lines += parity.cautions([name], packed)
   if packed.dtype != 'float32':
     lines.append(f'what is {packed.dtype} in JAX is float32 there')
   return engine, packed, lines

@@ -22,9 +22,12 @@ from qvit_jax.export.engines import Engine
 from qvit_jax.ops import SiteConv, SiteDense, SiteProduct
 from qvit_jax.quantization.packed import Packed
 
+# Training images by which results of integer convolutions get their ranges.
+RANGE_IMAGES = 256
 # Images whose products are compared one by one, and bytes of their operands.
 _FEW, _MOST_BYTES = 8, 2**27
 _EQUAL = 1e-5  # of a product's largest result: float32's rounding
+_BYTE = 8  # bits
 _KEPT = ('loss', 'top1', 'top5')
 
 
@@ -81,16 +84,16 @@ def our_run(experiment: Experiment, packed: Packed) -> Callable[[Any], Any]:
 
 
 def find_ranges(
-  experiment: Experiment, packed: Packed, count: int
+  experiment: Experiment, packed: Packed
 ) -> dict[str, tuple[float, float]]:
   """Returns the ranges of results that an integer convolution has to know.
 
   Args:
     experiment: With a training split, where there are any.
     packed: The model.
-    count: Training images to look at.
   """
-  batches = (images for images, _ in calibration.prepared(experiment, count))
+  found = calibration.prepared(experiment, RANGE_IMAGES)
+  batches = (images for images, _ in found)
   return ranges_of(experiment.config, packed, batches)
 
 
@@ -199,6 +202,18 @@ def check_kernels(
       'give another row or another --config.export.profile'
     )
   return dataclasses.asdict(found) | {'names': dict(found.names)}
+
+
+def cautions(names: Iterable[str], packed: Packed) -> list[str]:
+  """Returns a line for each engine whose numbers are worse on this CPU."""
+  plans = packed.site_plans.values()
+  is_wide = any((plan.acts or 0) >= _BYTE for plan in plans)
+  return [
+    f'{name} adds pairs of 8-bit products in 16 bits on this CPU, which has no '
+    'VNNI, and cuts off what does not fit; onnxruntime does not'
+    for name in names
+    if is_wide and engines.cuts_sums(name)
+  ]
 
 
 def measure(

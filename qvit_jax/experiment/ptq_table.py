@@ -123,6 +123,8 @@ class Table:
       say(line)
     self._check_mixed()
     self.engines = EngineTimes(config, self.calibration.batches)
+    if config.ptq.engines and not self.engines.names:
+      say(f'note: {engine_times.NONE}')
 
   def _parse(self, name: str) -> Row:
     return parse_row(

@@ -1,14 +1,18 @@
 """Runtimes that execute ONNX files, as engines: onnxruntime and OpenVINO.
 
 Both multiply integers as the file says and compute the rest in float32: no
-hidden bfloat16, no rounding of activations that the file does not ask for.
+hidden bfloat16, no rounding of activations that the file does not ask for. On
+x86 without VNNI the pairs of products that OpenVINO adds in 16 bits may not fit
+(`cuts_sums`); files tell onnxruntime to take its exact kernels there.
 """
 
 import abc
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import json
 import pathlib
 import re
 import sys
@@ -132,6 +136,8 @@ class _OnnxRuntime(Engine):
     options.add_session_config_entry(
       'session.qdq_matmulnbits_accuracy_level', '1'
     )
+    for key, value in _loaded(lambda: _options(content), self).items():
+      options.add_session_config_entry(key, value)
     # Threads that wait for work between two calls would slow others down.
     options.add_session_config_entry('session.force_spinning_stop', '1')
     with tempfile.TemporaryDirectory() as folder:
@@ -157,6 +163,16 @@ class _OnnxRuntime(Engine):
     """See `Engine`."""
     count = lambda names: sum(self._names[name] for name in names)
     return Kernels(count(_INTEGER), count(_PACKED), count(_FLOAT), self._names)
+
+
+def _options(content: bytes | str) -> dict[str, str]:
+  """Returns the session options that a file asks for."""
+  onnx = onnx_file.package()
+  if isinstance(content, bytes):
+    model = onnx.load_from_string(content)
+  else:
+    model = onnx.load(content, load_external_data=False)
+  return json.loads(onnx_file.facts(model).get(onnx_file.OPTIONS, '{}'))
 
 
 class _OpenVino(Engine):
@@ -276,6 +292,31 @@ def installed() -> tuple[str, ...]:
   return tuple(
     name for name in ENGINES if importlib.util.find_spec(name) is not None
   )
+
+
+@functools.cache
+def cuts_sums(name: str) -> bool:
+  """Returns whether large products of bytes come out too small on this CPU.
+
+  See `onnx_rows.is_wide`.
+  """
+  width, most = 64, 255
+  w = onnx_file.Writer('probe')
+  x = w.input('x', np.float32, (1, width, width))
+  one, zero = w.constant(1), w.constant(0, np.uint8)
+  x = w.node('DequantizeLinear', w.node('QuantizeLinear', x, one, zero),
+             one, zero)  # fmt: skip
+  codes = w.constant(np.full((width, width), 127), np.int8)
+  zeros = w.constant(np.zeros(width), np.int8)
+  kernel = w.node(
+    'DequantizeLinear', codes, w.constant(np.ones(width)), zeros, axis=1
+  )
+  y = w.node('Add', w.node('MatMul', x, kernel), w.constant(np.zeros(width)))
+  w.output(y, 'y', None)
+  facts = {onnx_file.OPTIONS: json.dumps(onnx_file.EXACT)}
+  engine = open_engine(name, w.model(facts))
+  found = engine.run(np.full((1, width, width), most, np.float32))
+  return bool(np.abs(found - most * 127 * width).max() > 1)
 
 
 def runs_in(name: str, profile: str) -> bool:

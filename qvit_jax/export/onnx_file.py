@@ -13,6 +13,10 @@ from qvit_jax.errors import ExportError
 OPSET, OPSET_INT4, IR = 20, 21, 10
 # Operators of onnxruntime alone.
 CONTRIB = 'com.microsoft'
+# Fact of a file: a JSON object of the session options that it needs.
+OPTIONS = 'onnxruntime_options'
+# Products of bytes are exact on x86 without VNNI too.
+EXACT = {'session.x64quantprecision': '1'}
 _NEED = (
   'ONNX files need the package onnx, which is not installed; run '
   'pip install -r requirements-onnx.txt'
@@ -45,6 +49,11 @@ def to_bytes(model: Any) -> bytes:
       'the model is larger than the 2 GB of one ONNX file; pack it with '
       '--mode=ptq, or set --config.export.format=stablehlo'
     ) from error
+
+
+def facts(model: Any) -> dict[str, str]:
+  """Returns what a ModelProto says of itself, by name."""
+  return {p.key: p.value for p in model.metadata_props}
 
 
 class Writer:
@@ -85,10 +94,12 @@ class Writer:
       name, kind, None if shape is None else list(shape)
     )
 
-  def constant(self, x: Any, dtype: Any = np.float32) -> str:
-    """Returns the name of a constant; equal ones are stored once."""
+  def constant(
+    self, x: Any, dtype: Any = np.float32, *, shared: bool = True
+  ) -> str:
+    """Returns the name of a constant; equal ones that are shared are one."""
     x = np.array(x, dtype, order='C')  # a number stays one
-    key = x.dtype.str, x.shape, x.tobytes()
+    key = x.dtype.str, x.shape, x.tobytes() if shared else len(self._nodes)
     if key not in self._constants:
       name = f'{self.path or "c"}:{len(self._initializers)}'
       tensor = self._onnx.numpy_helper.from_array(x, name)
@@ -123,6 +134,11 @@ class Writer:
     )
     return output
 
+  def filled(self, shape: str, value: Any, dtype: Any) -> str:
+    """Returns one number in a shape that is known as the model runs."""
+    one = self._onnx.numpy_helper.from_array(np.array([value], dtype))
+    return self.node('ConstantOfShape', shape, value=one)
+
   def cast(self, x: str, dtype: Any) -> str:
     """Returns a value in another dtype."""
     kind = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -137,10 +153,9 @@ class Writer:
     return self.node('Transpose', x, perm=axes)
 
   def reduce(self, op: str, x: str, *axes: int, keepdims: int = 1) -> str:
-    """Returns ReduceMin or another reduction over axes."""
-    return self.node(
-      op, x, self.constant(axes, np.int64), keepdims=keepdims
-    )
+    """Returns ReduceMin or another reduction over axes; of all if none."""
+    over = (self.constant(axes, np.int64),) if axes else ()
+    return self.node(op, x, *over, keepdims=keepdims)
 
   def cut(self, x: str, axis: int, start: int, stop: int | None) -> str:
     """Returns a part of an axis."""

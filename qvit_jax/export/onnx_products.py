@@ -63,17 +63,20 @@ def layer(w: Writer, x: str, p: Product) -> str:
 
 
 def attention(w: Writer, a: str, b: str, p: Product) -> str:
-  """Returns an attention product.
+  """Returns an attention product, [b, k, n, m] or [b, k, n, d].
 
   Args:
     w: What it is written to.
-    a: Queries [b, k, n, d], or attention weights [b, k, n, m].
-    b: Keys [b, k, d, m], or values [b, k, m, d].
+    a: Queries [b, n, k, d], or attention weights [b, k, n, m].
+    b: Keys, or values, [b, m, k, d].
     p: The product.
   """
-  plan = p.plan
+  plan, is_qk = p.plan, p.site.kind == 'qk'
   if plan.acts and not plan.is_static:
     return onnx_rows.attention(w, a, b, p)
+  if is_qk:
+    a = w.transpose(a, 0, 2, 1, 3)
+  b = w.transpose(b, *((0, 2, 3, 1) if is_qk else (0, 2, 1, 3)))
   if plan.acts:
     a = coded(w, a, p.lhs, plan.acts, may_sign=True)
     b = coded(w, b, p.rhs, plan.acts, may_sign=True)
@@ -126,16 +129,22 @@ def _weights(w: Writer, kernel: Kernel) -> str:
     size = math.gcd(len(codes), kernel.group)
     scale = np.repeat(kernel.scale, kernel.group // size, axis=0)
     facts, scale = {'axis': 0, 'block_size': size}, scale[: len(codes) // size]
-  return w.node('DequantizeLinear', _stored(w, kernel, codes),
-                w.constant(scale), **facts)  # fmt: skip
+  return _dequantized(w, kernel, codes, scale, **facts)
 
 
-def _stored(w: Writer, kernel: Kernel, codes: np.ndarray) -> str:
-  """Returns codes of a kernel as a constant, in any shape."""
+def _dequantized(
+  w: Writer, kernel: Kernel, codes: np.ndarray, scale: np.ndarray, **facts: int
+) -> str:
+  """Returns codes of a kernel, in any shape, times their scales."""
+  scales = w.constant(scale)
   is_small = codes.min() >= -8 and codes.max() <= 7
   if w.nibbles and kernel.bits <= _NIBBLE and is_small:
-    return w.int4(codes)
-  return w.constant(codes, np.int8)
+    return w.node('DequantizeLinear', w.int4(codes), scales, **facts)
+  # Said, and each by itself: where onnxruntime makes bytes unsigned, it adds a
+  # wrong one where there is none, and fails on what it has changed already.
+  zero = w.constant(np.zeros(scale.shape), np.int8, shared=False)
+  codes = w.constant(codes, np.int8, shared=False)
+  return w.node('DequantizeLinear', codes, scales, zero, **facts)
 
 
 def _windows(w: Writer, kernel: Kernel, p: Product) -> str:
@@ -147,8 +156,7 @@ def _windows(w: Writer, kernel: Kernel, p: Product) -> str:
   if len(kernel.scale) > 1:  # of rows of the matrix
     full = w.reshape(_weights(w, kernel), shape)
     return w.transpose(full, 3, 2, 0, 1)
-  return w.node('DequantizeLinear', _stored(w, kernel, turn(kernel.codes)),
-                w.constant(kernel.scale[0]), axis=0)  # fmt: skip
+  return _dequantized(w, kernel, turn(kernel.codes), kernel.scale[0], axis=0)
 
 
 def _integer_bias(w: Writer, p: Product) -> tuple[Kernel, str]:

@@ -26,11 +26,14 @@ def layer(w: Writer, x: str, p: Product) -> str:
   rows, width = p.site.rhs_shape
   x = w.reshape(x, (-1, rows))
   codes, scale, zero = _rows(w, x, p)
-  one = w.constant(1)
+  # Unsigned where signed ones would be cut; see `is_wide`.
+  kernel, around, kind = p.kernel.codes, 0, np.int8
+  if is_wide(kernel):
+    kernel, around, kind = kernel.astype(np.int16) + _HALF, _HALF, np.uint8
   y = w.node(
-    'MatMulIntegerToFloat', codes, w.constant(p.kernel.codes, np.int8), one,
+    'MatMulIntegerToFloat', codes, w.constant(kernel, kind), w.constant(1),
     w.constant(p.kernel.scale[0]), w.constant(_HALF, np.uint8),
-    w.constant(np.zeros(width), np.int8), domain=CONTRIB,
+    w.constant(np.full(width, around), kind), domain=CONTRIB,
   )  # fmt: skip
   if zero:
     sums = p.kernel.codes.astype(np.int64).sum(axis=0) * p.kernel.scale[0]
@@ -41,51 +44,73 @@ def layer(w: Writer, x: str, p: Product) -> str:
     zero = w.node('Mul', zero or w.constant(_HALF), w.constant(rows))
     total = w.node('Sub', total, zero)
     y = w.node('Add', y, w.node('Mul', total, w.constant(p.kernel.shift)))
-  y = w.node('Add', w.node('Mul', y, scale), w.constant(p.bias))
-  return w.reshape(y, (-1, *p.site.lhs_shape[:-1], width))
+  y = w.reshape(w.node('Mul', y, scale), (-1, *p.site.lhs_shape[:-1], width))
+  # Last, so that onnxruntime sees a bias before an activation or a sum.
+  return w.node('Add', y, w.constant(p.bias))
 
 
 def attention(w: Writer, a: str, b: str, p: Product) -> str:
-  """Returns an attention product; see `onnx_products.attention`."""
-  turn = lambda x: w.transpose(x, 0, 1, 3, 2)
-  b = turn(b)  # rows of what is summed over
-  if p.plan.acts >= _BYTE and not p.plan.aqt:
-    (a, a_scale), (b, b_scale) = (_centered(w, x, p.plan.acts) for x in (a, b))
-    y = w.node('MatMul', a, turn(b))
-  else:
-    pairs = []
-    for x, shape in zip((a, b), _shapes(p), strict=True):
-      codes, scale, _ = _rows(w, w.reshape(x, (-1, shape[-1])), p)
-      if p.plan.aqt != 'per_tensor':
-        scale = w.reshape(scale, (-1, *shape[:-1], 1))
-      pairs.append((w.reshape(codes, (-1, *shape)), scale))
-    (a, a_scale), (b, b_scale) = pairs
-    half = w.constant(_HALF, np.uint8)
-    y = w.cast(w.node('MatMulInteger', a, turn(b), half, half), np.float32)
-  y = w.node('Mul', y, a_scale)
-  if p.plan.aqt != 'per_tensor':
-    b_scale = turn(b_scale)
-  return w.node('Mul', y, b_scale)
+  """Returns an attention product, [b, k, n, m] or [b, k, n, d].
 
+  Operands are coded as the model has them, so that bytes are turned and not
+  floats.
 
-def _shapes(p: Product) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns both operands' shapes with what is summed over last, per image."""
-  m, k, d = p.site.rhs_shape
+  Args:
+    w: What it is written to.
+    a: Queries [b, n, k, d], or attention weights [b, k, n, m].
+    b: Keys, or values, [b, m, k, d].
+    p: The product.
+  """
+  # How operands are turned, and the axis that is summed over in each.
   if p.site.kind == 'qk':
-    return (k, p.site.lhs_shape[0], d), (k, m, d)
-  return p.site.lhs_shape, (k, d, m)
+    sides = ((a, (0, 2, 1, 3), -1, False), (b, (0, 2, 3, 1), -1, False))
+  else:
+    sides = ((a, (), -1, True), (b, (0, 2, 1, 3), 1, False))
+  is_wide = p.plan.acts >= _BYTE and not p.plan.aqt
+  found = []
+  for x, turn, axis, is_positive in sides:
+    if p.plan.aqt:
+      codes, scale = _aqt(w, x, p, axis)
+    else:
+      code = _centered if is_wide else _bytes
+      codes, scale = code(w, x, p.plan.acts, axis, is_positive=is_positive)
+    if turn:
+      codes = w.transpose(codes, *turn)
+      if p.plan.aqt != 'per_tensor':
+        scale = w.transpose(scale, *turn)
+    found.append((codes, scale))
+  (a, a_scale), (b, b_scale) = found
+  if is_wide:
+    y = w.node('MatMul', a, b)
+  else:
+    half = w.constant(_HALF, np.uint8)
+    y = w.cast(w.node('MatMulInteger', a, b, half, half), np.float32)
+  return w.node('Mul', w.node('Mul', y, a_scale), b_scale)
 
 
-def _range(w: Writer, x: str, bits: int) -> tuple[str, str]:
-  """Returns scale and zero of the last axis, as `numerics.scale_of`."""
-  none = w.constant(0)
-  low = w.node('Min', w.reduce('ReduceMin', x, -1), none)
-  high = w.node('Max', w.reduce('ReduceMax', x, -1), none)
-  width = w.node('Sub', high, low)
+def is_wide(kernel: np.ndarray) -> bool:
+  """Returns whether products of a kernel's codes and bytes may be cut.
+
+  x86 without VNNI multiplies an unsigned byte by a signed one and adds two such
+  products in 16 bits (VPMADDUBSW). Unsigned kernels have another instruction.
+  """
+  return 2 * 255 * int(np.abs(kernel.astype(np.int16)).max()) > 2**15 - 1
+
+
+def _range(
+  w: Writer, x: str, bits: int, axis: int, *, is_positive: bool = False
+) -> tuple[str, str]:
+  """Returns scale and zero of an axis, as `numerics.scale_of`.
+
+  Where no number is below 0, the zero is 0 and not returned: ''.
+  """
+  width, low = w.reduce('ReduceMax', x, axis), ''
+  if not is_positive:
+    low = w.node('Relu', w.node('Neg', w.reduce('ReduceMin', x, axis)))
+    width = w.node('Add', w.node('Relu', width), low)
   scale = w.node('Div', width, w.constant(2**bits - 1))
-  scale = w.node('Max', scale, w.constant(_TINY))
-  zero = w.node('Round', w.node('Div', w.node('Neg', low), scale))
-  return scale, zero
+  scale = w.node('Clip', scale, w.constant(_TINY))
+  return scale, low and w.node('Round', w.node('Div', low, scale))
 
 
 def _rows(w: Writer, x: str, p: Product) -> tuple[str, str, str]:
@@ -101,25 +126,46 @@ def _rows(w: Writer, x: str, p: Product) -> tuple[str, str, str]:
   """
   bits = p.plan.acts
   if p.plan.aqt:
-    return (*_aqt_rows(w, x, p), '')
-  scale, zero = _range(w, x, bits)
+    return (*_aqt(w, x, p, -1), '')
+  scale, zero = _range(w, x, bits, -1)
   flat = lambda x: w.reshape(x, (-1,))
   if bits >= _BYTE:
     codes = w.node(
       'QuantizeLinear', x, flat(scale), w.cast(flat(zero), np.uint8), axis=0
     )
     return codes, scale, zero
-  none = w.node('Mul', flat(zero), w.constant(0))
-  half = w.cast(w.node('Add', none, w.constant(_HALF)), np.uint8)
+  half = w.filled(w.node('Shape', flat(scale)), _HALF, np.uint8)
   codes = w.node('QuantizeLinear', x, flat(scale), half, axis=0)
-  # A range whose ends lie halfway between levels has one level too many.
+  return _cut(w, codes, zero, bits), scale, ''
+
+
+def _cut(w: Writer, codes: str, zero: str, bits: int) -> str:
+  """Returns codes around 128 without the level that is one too many.
+
+  A range whose ends lie halfway between levels has one.
+  """
   last = w.node('Sub', w.constant(_HALF + 2**bits - 1), zero)
-  return w.node('Min', codes, w.cast(last, np.uint8)), scale, ''
+  return w.node('Min', codes, w.cast(last, np.uint8))
 
 
-def _aqt_rows(w: Writer, x: str, p: Product) -> tuple[str, str]:
-  """Returns codes around 128 and scales, as `numerics.aqt_codes`."""
-  axes = (-1,) if p.plan.aqt == 'per_token' else (0, 1)
+def _bytes(
+  w: Writer, x: str, bits: int, axis: int, *, is_positive: bool
+) -> tuple[str, str]:
+  """Returns codes around 128, of less than 8 bits, and the scale of an axis."""
+  scale, zero = _range(w, x, bits, axis, is_positive=is_positive)
+  codes = w.node(
+    'QuantizeLinear', w.node('Div', x, scale), w.constant(1),
+    w.constant(_HALF, np.uint8),
+  )  # fmt: skip
+  return _cut(w, codes, zero, bits) if zero else codes, scale
+
+
+def _aqt(w: Writer, x: str, p: Product, axis: int) -> tuple[str, str]:
+  """Returns codes around 128 and the scale of an axis, or of all of them.
+
+  As `numerics.aqt_codes`.
+  """
+  axes = (axis,) if p.plan.aqt == 'per_token' else ()
   most = w.reduce('ReduceMax', w.node('Abs', x), *axes)
   none = w.node('Equal', most, w.constant(0))
   most = w.node('Where', none, w.constant(1), most)
@@ -132,10 +178,13 @@ def _aqt_rows(w: Writer, x: str, p: Product) -> tuple[str, str]:
   return w.node('QuantizeLinear', x, w.constant(1), half), scale
 
 
-def _centered(w: Writer, x: str, bits: int) -> tuple[str, str]:
-  """Returns code - zero in float and the scale, of the last axis."""
-  scale, zero = _range(w, x, bits)
+def _centered(
+  w: Writer, x: str, bits: int, axis: int, *, is_positive: bool
+) -> tuple[str, str]:
+  """Returns code - zero in float and the scale, of an axis."""
+  scale, zero = _range(w, x, bits, axis, is_positive=is_positive)
   codes = w.node('Round', w.node('Div', x, scale))
-  first = w.node('Neg', zero)
-  last = w.node('Sub', w.constant(2**bits - 1), zero)
-  return w.node('Min', w.node('Max', codes, first), last), scale
+  if zero:
+    last = w.node('Sub', w.constant(2**bits - 1), zero)
+    codes = w.node('Min', w.node('Max', codes, w.node('Neg', zero)), last)
+  return codes, scale

@@ -7,7 +7,7 @@ the variables that our own evaluation would run.
 
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,43 @@ from qvit_jax.experiment.model import Model, folded
 from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.methods.packing import pack
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import runs
+from qvit_jax.store import files, runs
+
+# What `--mode=export` may leave in its folder; one form at a time.
+_FILES = (
+  'model.safetensors', 'model.npz', 'model.packed.safetensors', 'model.onnx',
+  'model.stablehlo', 'config.json',
+)  # fmt: skip
+
+
+def put(target: pathlib.Path, content: bytes) -> None:
+  """Writes an exported file, and its folder where there is none.
+
+  Raises:
+    ExportError: The disk does not take it. What was there before stays.
+  """
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(target, content)
+  except OSError as error:
+    raise ExportError(files.cannot_write(target, error)) from error
+
+
+def conclude(
+  target: pathlib.Path, parity: dict[str, Any], beside: Collection[str] = ()
+) -> None:
+  """Writes parity.json and removes what an export in another form has left.
+
+  Args:
+    target: What was exported.
+    parity: How it compares, beside its name and size.
+    beside: Names of files that belong to it.
+  """
+  found = {'file': target.name, 'bytes': target.stat().st_size, **parity}
+  files.write_json(target.with_name('parity.json'), found)
+  for name in _FILES:
+    if name != target.name and name not in beside:
+      target.with_name(name).unlink(missing_ok=True)
 
 
 def subject(

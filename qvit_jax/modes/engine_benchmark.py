@@ -193,7 +193,6 @@ def _packed(config: Any, path: str) -> tuple[Any, Packed]:
   """Returns a packed file and its config."""
   given = config_lib.with_fields(config, {'checkpoint.path': path})
   packed = sources.open_packed(given)
-  assert packed is not None  # quant.recipe says so
   return Model(given, packed).config, packed
 
 

@@ -39,26 +39,24 @@ def write_weights(
   tensor_files.save_tensors(
     tensors, target, form=kind.format, metadata=texts
   )
-  stale = {'model.safetensors', 'model.npz', 'config.json', packing.NAME}
-  stale.remove(target.name)
+  beside = []
   if weights.LAYOUTS[layout].transformers:
     text = weights.hf_config(
       shape, tensors, layout, class_names=facts.get('class_names', ())
     )
     files.write_text(target.with_name('config.json'), text)
-    stale.remove('config.json')
+    beside.append('config.json')
   for line in weights.how_to_build(shape, tensors, layout):
     say(f'note: {line}')
-  for name in stale:  # of an export in another layout or format
-    target.with_name(name).unlink(missing_ok=True)
   again, _ = weights.read_weights(str(target), model.shapes)
   same = all(np.array_equal(again[n], params[n]) for n in params)
   largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
   size = target.stat().st_size
-  files.write_json(
-    target.with_name('parity.json'),
-    {'file': target.name, 'layout': layout, 'tensors': len(tensors),
-     'bytes': size, 'reads_back_equal': same, 'largest_difference': largest},
+  deploy.conclude(
+    target,
+    {'layout': layout, 'tensors': len(tensors), 'reads_back_equal': same,
+     'largest_difference': largest},
+    beside,
   )  # fmt: skip
   read = 'bit for bit' if same else f'within {largest:.2g}'
   say(

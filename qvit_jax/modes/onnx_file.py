@@ -6,16 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from qvit_jax import models
-from qvit_jax.errors import ExportError
 from qvit_jax.experiment import parity
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.export import engines, onnx_file, onnx_model
+from qvit_jax.modes import deploy
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import files
 
 NAME = 'model.onnx'
-# Training images by which results of integer convolutions get their ranges.
-_IMAGES = 256
 
 
 def write(
@@ -38,11 +35,11 @@ def write(
     config, training=False, calibrating=bool(missing), packed=packed
   )
   say(f'data      {experiment.data.description}')
-  ranges = parity.find_ranges(experiment, packed, _IMAGES)
+  ranges = parity.find_ranges(experiment, packed)
   if ranges:
     say(
       f'ranges    of {len(ranges)} convolutions before sums and means, from '
-      f'{_IMAGES} training images'
+      f'{parity.RANGE_IMAGES} training images'
     )
   make = lambda **more: onnx_model.make_model(
     config, packed, config.export.profile, ranges=ranges,
@@ -70,21 +67,19 @@ def write(
     model = make(preprocess=True)
   content = onnx_file.to_bytes(model)
   target = place / 'export' / NAME
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(target, content)
-  except OSError as error:
-    raise ExportError(files.cannot_write(target, error)) from error
-  files.write_json(
-    target.with_name('parity.json'),
-    {'file': NAME, 'bytes': len(content), 'profile': profile,
-     'execution': packed.execution, **found, 'products': products},
+  deploy.put(target, content)
+  deploy.conclude(
+    target,
+    {'profile': profile, 'execution': packed.execution, **found,
+     'products': products},
   )  # fmt: skip
   if packed.dtype != 'float32':
     say(f'note: what is {packed.dtype} here is float32 in the file')
   floats = onnx_model.float_products(config, packed)
   for line in _lines(found, products, profile, floats):
     say(line)
+  for line in parity.cautions(found['engines'], packed):
+    say(f'note: {line}')
   say(f'{len(content):,} bytes in {target} (profile {profile})')
 
 

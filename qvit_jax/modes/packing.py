@@ -12,7 +12,7 @@ from qvit_jax.errors import ExportError
 from qvit_jax.experiment.model import Model, folded
 from qvit_jax.modes import deploy
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import artifacts, files
+from qvit_jax.store import artifacts
 
 NAME = 'model.packed.safetensors'
 _IMAGES = 32  # random ones, on which logits are compared
@@ -40,15 +40,13 @@ def write_packed(
   size = artifacts.save(
     packed, target, facts, class_names=run.class_names, config=run.config
   )
-  for name in ('model.safetensors', 'model.npz', 'config.json'):
-    target.with_name(name).unlink(missing_ok=True)  # of another export
   again = artifacts.load(target, model.plan.sites, facts)
   found = _compare(model, variables, again)
   full = tree.num_bytes(model.shapes['params'])
-  files.write_json(
-    target.with_name('parity.json'),
-    {'file': NAME, 'bytes': size, 'compression': full / size,
-     'execution': again.execution, 'why': again.why, **found},
+  deploy.conclude(
+    target,
+    {'compression': full / size, 'execution': again.execution,
+     'why': again.why, **found},
   )  # fmt: skip
   say(
     f'{size:,} bytes in {target} ({full / size:.2f}x smaller, '

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 
 from qvit_jax import models
-from qvit_jax.errors import ExportError
 from qvit_jax.evaluation.metrics import compare_logits
 from qvit_jax.export import stablehlo
+from qvit_jax.modes import deploy
 from qvit_jax.quantization.packed import Packed
-from qvit_jax.store import files
 
 NAME = 'model.stablehlo'
 _IMAGES = 32  # random ones, on which logits are compared
@@ -35,16 +34,12 @@ def write(
   target, size = place / 'export' / NAME, config.model.image_size
   apply = models.build_model(config, packed.ops).apply
   content = stablehlo.serialize(apply, packed.variables, size)
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(target, content)
-  except OSError as error:
-    raise ExportError(files.cannot_write(target, error)) from error
+  deploy.put(target, content)
   found = _compare(apply, packed, stablehlo.load(target.read_bytes()), size)
-  files.write_json(
-    target.with_name('parity.json'),
-    {'file': NAME, 'bytes': len(content), 'execution': packed.execution,
-     'why': packed.why, 'platforms': list(stablehlo.PLATFORMS), **found},
+  deploy.conclude(
+    target,
+    {'execution': packed.execution, 'why': packed.why,
+     'platforms': list(stablehlo.PLATFORMS), **found},
   )  # fmt: skip
   say(
     f'{len(content):,} bytes in {target} ({packed.execution}; for '

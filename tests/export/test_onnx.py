@@ -1,6 +1,7 @@
 """ONNX files beside our own evaluation, in the runtimes themselves."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,9 @@ def in_onnxruntime(model, feed):
   options.add_session_config_entry(
     'session.qdq_matmulnbits_accuracy_level', '1'
   )
+  facts = {p.key: p.value for p in model.metadata_props}
+  for key, value in json.loads(facts.get('onnxruntime_options', '{}')).items():
+    options.add_session_config_entry(key, value)
   session = onnxruntime.InferenceSession(
     model.SerializeToString(), options, providers=['CPUExecutionProvider']
   )
@@ -127,7 +131,10 @@ def check_logits(config, packed, profile, **given):
       found = run(model, {'images': images})['logits']
       assert found.shape == expected.shape
       error = np.abs(found - expected).max() / np.abs(expected).max()
-      assert error < (1e-5 if profile in ('float', 'weight_only') else 0.05)
+      near = 1e-5 if profile in ('float', 'weight_only') else 0.05
+      if profile == 'qdq' and engines.cuts_sums(name):
+        near = 0.3  # see `parity.cautions`
+      assert error < near
 
 
 @pytest.mark.parametrize(('kind', 'row'), PAIRS)
@@ -142,6 +149,22 @@ def test_runtimes_give_the_logits_of_a_transformer(kind, row):
 )
 def test_products_of_a_transformer_have_our_codes(kind, row):
   check_products(*packed_vit(kind, row))
+
+
+@pytest.mark.parametrize('row', ['int8_static', 'int8_dynamic'])
+def test_sums_of_the_largest_codes_are_not_cut(row):
+  """Two of their products do not fit into 16 bits, which some CPUs add in."""
+  config, params, _ = vit('vit')
+  rng = np.random.default_rng(0)
+  params = params | {
+    name: rng.uniform(0.9, 1, x.shape).astype(np.float32)
+    for name, x in params.items()
+    if name.endswith('kernel')
+  }
+  images = [small_models.normal((16, 8, 8, 3), 1)]
+  stats = small_models.collect(config, params, images, hessians=True)
+  packed = small_models.pack(config, row, params, stats)
+  check_products(config, packed)
 
 
 def packed_cnn(config, row):

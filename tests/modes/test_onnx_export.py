@@ -86,7 +86,11 @@ def test_an_exported_row_is_measured_in_the_runtimes(
 
 def test_pixels_of_any_size_are_prepared_inside(files, tmp_path):
   plain, _ = export(files, 'int8_static', tmp_path / 'plain')
+  (tmp_path / 'whole' / 'export').mkdir(parents=True)
+  stale = tmp_path / 'whole' / 'export' / 'model.stablehlo'
+  stale.write_bytes(b'of another form')
   whole, _ = export(files, 'int8_static', tmp_path / 'whole', preprocess=True)
+  assert not stale.exists()
   pixels = np.random.default_rng(0).integers(0, 256, (3, 21, 13, 3), np.uint8)
   config = small_config()
   images = np.asarray(

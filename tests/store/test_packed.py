@@ -282,6 +282,7 @@ def test_packing_another_export_leaves_one_file(runs, tmp_path):
   config.checkpoint.path = str(runs / 'aqt')
   for form, name in (('npz', 'model.npz'),
                      ('packed', 'model.packed.safetensors'),
+                     ('stablehlo', 'model.stablehlo'),
                      ('npz', 'model.npz')):  # fmt: skip
     config.export.format = form
     modes.run('export', config, str(tmp_path))
