@@ -3,6 +3,8 @@
   python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE]
                  [--config.section.field=value ...]
 
+Without --config it is that of the run in DIR, or of --config.checkpoint.path=.
+
 Modes:
 MODES
 
@@ -12,6 +14,7 @@ Exit codes: 0 done, 2 wrong input, 75 stopped by a signal after saving, or since
 another process of the run was killed (run the same command again).
 """
 
+import copy
 import ctypes
 import errno
 import importlib.util
@@ -33,7 +36,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def _parse(argv: list[str]):
-  """Returns (config, the page without overrides, their names, flags)."""
+  """Returns (config, the page without overrides, their names, flags, lines).
+
+  Lines say whose config it is, where no page was given.
+  """
   from absl import flags
   from ml_collections import config_flags
 
@@ -41,8 +47,11 @@ def _parse(argv: list[str]):
   from qvit_jax.errors import ConfigError
   from qvit_jax.modes import MODES
 
-  path, argument = _config_path(argv)
-  page = _load(path, argument)
+  lines: list[str] = []
+  if _given(argv, 'config') is None:
+    page, lines, argv = _own_page(argv)
+  else:
+    page = _load(*_config_path(argv))
   overrides = [
     found.group(1)
     for argument in argv
@@ -51,17 +60,16 @@ def _parse(argv: list[str]):
   for name in overrides:
     resolve.check_name(name, page)
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    'config', None, 'Config file.', flag_values=values, lock_config=True
-  )
   flags.DEFINE_string('workdir', '', 'Workdir.', flag_values=values)
   flags.DEFINE_enum('mode', 'train', list(MODES), 'Mode.', flag_values=values)
   flags.DEFINE_bool('debug', False, 'Tracebacks.', flag_values=values)
   rest = [a for a in _joined(argv) if not re.match('--?config=', a)]
-  given = path if argument is None else f'{path}:{argument}'
-  sys.argv = [rest[0], f'--config={given}', *rest[1:]]  # it looks there too
+  sys.argv = rest  # the next line looks there for fields that are set
+  config_flags.DEFINE_config_dict(
+    'config', copy.deepcopy(page), flag_values=values, lock_config=True
+  )
   try:
-    rest = values(sys.argv)
+    rest = values(rest)
   except (flags.Error, TypeError, ValueError, AttributeError) as error:
     text = ' '.join(str(error).split())
     raise ConfigError(f'{text}; see python main.py --help') from error
@@ -69,7 +77,41 @@ def _parse(argv: list[str]):
     raise ConfigError(
       f'{rest[1]!r} is no flag; flags start with --, see python main.py --help'
     )
-  return values.config, page, overrides, values
+  return values.config, page, overrides, values, lines
+
+
+def _given(argv: list[str], flag: str) -> str | None:
+  """Returns what the last flag of a name is set to; None without one."""
+  found, rest = None, iter(argv)
+  for argument in rest:
+    name, equals, value = argument.lstrip('-').partition('=')
+    if argument.startswith('-') and name == flag:
+      found = value if equals else next(rest, '')
+  return found
+
+
+def _own_page(argv: list[str]):
+  """Returns (page, lines about it, arguments) of what the flags name."""
+  from qvit_jax.modes import MODES, own_config
+
+  mode = _given(argv, 'mode') or 'train'
+  own = own_config.find(
+    mode if mode in MODES else 'eval',
+    _given(argv, 'workdir') or '',
+    _given(argv, 'config.checkpoint.path') or '',
+    _pages(),
+  )
+  names = '|'.join(map(re.escape, own.flags))
+  kept = [a for a in argv if not names or not re.match(
+    f'--?config\\.({names})=', a)]  # fmt: skip
+  added = [f'--config.{name}={value}' for name, value in own.flags.items()]
+  return own.page, own.lines, [*kept, *added]
+
+
+def _pages() -> str:
+  """Returns the config files that are here, for messages."""
+  files = sorted(pathlib.Path('configs').glob('*_*.py'))
+  return ', '.join(f'configs/{file.name}' for file in files)
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -87,19 +129,13 @@ def _config_path(argv: list[str]) -> tuple[str, str | None]:
   from qvit_jax.config import resolve
   from qvit_jax.errors import ConfigError
 
-  given = ''
-  for argument in _joined(argv):
-    if re.match('--?config=', argument):
-      given = argument.partition('=')[2]
-  path, colon, argument = given.partition(':')
+  path, colon, argument = (_given(argv, 'config') or '').partition(':')
   path = resolve.expand(path)
   if not pathlib.Path(path).is_file():
-    given = f'--config={path} is no file' if path else 'no config was given'
-    here = ', '.join(
-      f'configs/{file.name}'
-      for file in sorted(pathlib.Path('configs').glob('*_*.py'))
+    raise ConfigError(
+      f'--config={path} is no file; set --config= to one of {_pages()} or to '
+      'your own'
     )
-    raise ConfigError(f'{given}; set --config= to one of {here} or to your own')
   return path, argument if colon else None
 
 
@@ -213,11 +249,14 @@ def _run(argv: list[str]) -> None:
   """Does what the command line says."""
   from absl import logging
 
-  config, page, overrides, values = _parse(argv)
+  config, page, overrides, values, lines = _parse(argv)
   logging.set_verbosity(logging.ERROR)  # TFDS and orbax narrate through it
   from qvit_jax import modes
 
-  modes.run(values.mode, config, values.workdir, overrides=overrides, page=page)
+  modes.run(
+    values.mode, config, values.workdir,
+    overrides=overrides, page=page, lines=lines,
+  )  # fmt: skip
 
 
 def _line(error: Exception) -> str:

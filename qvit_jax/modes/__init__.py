@@ -182,6 +182,7 @@ def run(
   *,
   overrides: Iterable[str] = (),
   page: Any = None,
+  lines: Iterable[str] = (),
 ) -> None:
   """Resolves the config and does what the mode says.
 
@@ -191,10 +192,13 @@ def run(
     workdir: Where to write; may be '' for `sites`.
     overrides: Fields that the command line sets.
     page: The config before they were set.
+    lines: Whose config it is, where that is not on a page.
 
   Raises:
     QvitError: The user's input is wrong.
     Preempted: A signal stopped the run after saving.
   """
   runner = importlib.import_module('qvit_jax.modes.runner')
-  runner.run(MODES[mode], config, workdir, overrides=overrides, page=page)
+  runner.run(
+    MODES[mode], config, workdir, overrides=overrides, page=page, lines=lines
+  )

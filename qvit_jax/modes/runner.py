@@ -12,7 +12,7 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import auto
 from qvit_jax.export import engines
-from qvit_jax.modes import Mode
+from qvit_jax.modes import Mode, own_config
 from qvit_jax.modes.session import say
 from qvit_jax.quantization import METHODS
 from qvit_jax.training import processes
@@ -40,10 +40,11 @@ def run(
   *,
   overrides: Iterable[str] = (),
   page: Any = None,
+  lines: Iterable[str] = (),
 ) -> None:
   """See `modes.run`."""
   context = context_of(mode, config)
-  overrides = list(overrides)
+  overrides, own = list(overrides), list(lines)
   if config_lib.flatten(config).get('model.size') == auto.SIZE:
     config_lib.check_fields(config, context)  # before they are compared
     if workdir:
@@ -76,6 +77,8 @@ def run(
       f'are {jax.process_count()}; start it once, or set '
       '--config.eval.engine=jax'
     )
+  for line in (*own, *own_config.differences(mode, resolved, workdir)):
+    say(f'config    {line}')
   for note in notes:
     say(f'note: {note}')
   module, _, function = mode.run.partition(':')

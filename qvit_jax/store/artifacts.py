@@ -119,10 +119,18 @@ def load(
       f'weights {path}: it has format {header["format"]}, and this version '
       f'reads up to {_FORMAT}; update qvit_jax'
     )
-  if header['architecture'] != architecture:
+  there = header['architecture']
+  if differing := sorted(
+    name
+    for name in {*there, *architecture}
+    if there.get(name) != architecture.get(name)
+  ):
+    name, *more = differing
+    rest = f' (and {", ".join(more)})' if more else ''
     raise WeightsError(
-      f'weights {path}: it is of another model; give model.* the values it was '
-      'made with'
+      f'weights {path}: it is of another model: {name} is {there.get(name)!r} '
+      f'there, {architecture.get(name)!r} here{rest}; leave --config and '
+      'model.* out, and the file says them'
     )
   arrays, _ = tensors.read_described(path, KEY)
   flat = {name: jnp.asarray(x) for name, x in arrays.items()}

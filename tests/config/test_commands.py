@@ -38,7 +38,7 @@ def commands(text):
 def resolved(argv, monkeypatch):
   monkeypatch.setattr(sys, 'argv', argv)
   monkeypatch.chdir(ROOT)
-  config, page, overrides, flags = main._parse(argv)
+  config, page, overrides, flags, _ = main._parse(argv)
   context = runner.context_of(MODES[flags.mode], config)
   return resolve.resolve(config, context, overrides=overrides, page=page)
 
