@@ -92,7 +92,8 @@ def _given(argv: list[str], flag: str) -> str | None:
 
 def _own_page(argv: list[str]):
   """Returns (page, lines about it, arguments) of what the flags name."""
-  from qvit_jax.modes import MODES, own_config
+  from qvit_jax.experiment import own_config
+  from qvit_jax.modes import MODES
 
   mode = _given(argv, 'mode') or 'train'
   own = own_config.find(

@@ -19,6 +19,7 @@ ORDER = (
   ('weights', 'training', 'report'),
   ('experiment',),
   ('modes',),
+  ('api',),
 )
 ROWS = {name: row for row, names in enumerate(ORDER) for name in names}
 # training does not know which model, recipe or data source it runs.
@@ -27,7 +28,10 @@ HIDDEN = {
   'weights': {'models', 'quantization', 'data', 'evaluation', 'lora'},
 }
 # The only imports of ours inside a function: they cost a second each.
-LATE = {('data/__init__.py', 'qvit_jax.data.tfds_source')}
+LATE = {
+  ('data/__init__.py', 'qvit_jax.data.tfds_source'),
+  ('__init__.py', 'qvit_jax.api'),
+}
 # Heavy or dying packages and the one file that knows them.
 OWNERS = {
   'aqt': 'quantization/methods/aqt.py',

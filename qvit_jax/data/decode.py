@@ -59,7 +59,7 @@ def read_image(
       # Most JPEGs have no tags: a tenth of the time of a small one is saved.
       if image.format != 'JPEG' or _TAGS & image.info.keys():
         ImageOps.exif_transpose(image, in_place=True)
-      return _rgb(image)
+      return to_rgb(image)
   except BadImageError:
     raise
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as bomb:
@@ -71,7 +71,12 @@ def read_image(
     raise BadImageError(_reason(path, error)) from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'h w 3']:
+  """Returns the pixels of an image, as `read_image` does, as it lies.
+
+  Raises:
+    BadImageError: Its values have no known range.
+  """
   if image.mode.startswith('I;16'):
     # Pillow would clip at 255; of 16-bit colours it keeps the upper half too.
     grey = (np.asarray(image) >> 8).astype(np.uint8)

@@ -17,6 +17,8 @@ from qvit_jax.store import adapters, runs
 from qvit_jax.weights import Told
 
 SIZE = 'auto'
+# What is said of a field that is as the config has it.
+UNTOLD = 'nothing tells it'
 # Fields that it reads, whatever a mode reads of them.
 READ = ('checkpoint.path', 'weights.path', 'lora.path')
 # What runs leave out where it is at its default; see `models.architecture`.
@@ -32,6 +34,7 @@ def filled(
   trains: bool,
   reads_data: bool,
   overrides: Collection[str] = (),
+  assumes: bool = False,
 ) -> tuple[Any, list[str]]:
   """Returns a config whose model is that of its weights or run, and lines.
 
@@ -42,6 +45,8 @@ def filled(
       the data decides how many classes there are.
     reads_data: Whether the mode reads a labelled data set.
     overrides: Fields that the command line sets.
+    assumes: Whether heads are the usual ones of the width where nothing tells
+      them.
 
   Raises:
     ConfigError: Nothing names a model, or fields say otherwise than it does.
@@ -85,7 +90,9 @@ def filled(
       value = given[name]
     fields[name] = value
     lines.append(f'{name}={_text(value)}: {place}')
-  for name, value, place in _untold(config, told, given, fields, reads_data):
+  for name, value, place in _untold(
+    config, told, given, fields, reads_data=reads_data, assumes=assumes
+  ):
     fields[name] = value
     lines.append(f'{name}={_text(value)}: {place}')
   return config_lib.with_fields(config, fields), lines
@@ -195,12 +202,18 @@ def _untold(
   told: dict[str, Told],
   given: dict[str, Any],
   fields: dict[str, Any],
+  *,
   reads_data: bool,
+  assumes: bool,
 ):
   """Yields (field, value, why) of what the file does not tell."""
   if 'model.heads' not in told and 'model.heads' not in given:
     width = told['model.width'].value
     usual = weights.usual_heads(width)
+    if assumes and usual:
+      yield 'model.heads', usual, f'usual for the width {width}, {UNTOLD}'
+      given = given | {'model.heads': usual}
+  if 'model.heads' not in told and 'model.heads' not in given:
     advice = f', which divides the width {width}'
     if usual:
       advice = f' ({usual} is usual for the width {width})'
@@ -209,19 +222,19 @@ def _untold(
       'heads: no tensor shows them, and no config.json beside it says them; '
       f'set --config.model.heads={usual or ""}{advice}'
     )
-  if 'model.heads' not in told:
-    yield 'model.heads', given['model.heads'], 'of the config, nothing tells it'
+  if 'model.heads' not in told and 'model.heads' not in fields:
+    yield 'model.heads', given['model.heads'], f'of the config, {UNTOLD}'
   if 'model.image_size' not in told:
     size, patch = config.model.image_size, fields['model.patch']
-    why = 'of the config, nothing tells it'
+    why = f'of the config, {UNTOLD}'
     if 'model.image_size' not in given and size % patch:
-      why = f'whole patches in the {size} of the config, nothing tells it'
+      why = f'whole patches in the {size} of the config, {UNTOLD}'
       size = max(1, size // patch) * patch
     yield 'model.image_size', size, why
   for name in ('data.mean', 'data.std', 'data.resize'):
     if name not in told:
       value = config_lib.flatten(config)[name]
-      yield name, value, 'of the config, nothing tells it'
+      yield name, value, f'of the config, {UNTOLD}'
   if 'model.num_classes' not in fields:
     if 'model.num_classes' in given:
       yield 'model.num_classes', given['model.num_classes'], 'of the config'
@@ -230,7 +243,7 @@ def _untold(
       yield 'model.num_classes', count, 'classes of the data set'
     else:
       count = config.model.num_classes
-      yield 'model.num_classes', count, 'of the config, nothing tells it'
+      yield 'model.num_classes', count, f'of the config, {UNTOLD}'
 
 
 def _is_same(here: Any, there: Any) -> bool:

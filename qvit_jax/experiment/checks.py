@@ -117,7 +117,8 @@ def check_same(model: Model, run: runs.Run, *, same_plan: bool) -> None:
     rest = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
     raise CheckpointError(
       f'{run.place} is of another model or other bits: {"; ".join(lines[:3])}'
-      f'{rest}; leave --config out, so that its own counts, or use another workdir'
+      f'{rest}; leave --config out, so that its own counts, or use another '
+      'workdir'
     )
 
 

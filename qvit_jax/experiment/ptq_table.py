@@ -282,6 +282,10 @@ class Table:
 
   # One row.
 
+  def pack(self, name: str) -> Packed:
+    """Returns the model of a row, without measuring it."""
+    return self._pack(self._parse(name))
+
   def _pack(self, row: Row) -> Packed:
     """Returns the row's model as it comes back from its file."""
     params = self._transformed(row)

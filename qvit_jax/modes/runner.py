@@ -10,9 +10,9 @@ import jax
 from qvit_jax import models, weights
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.errors import ConfigError
-from qvit_jax.experiment import auto
+from qvit_jax.experiment import auto, own_config
 from qvit_jax.export import engines
-from qvit_jax.modes import Mode, own_config
+from qvit_jax.modes import Mode
 from qvit_jax.modes.session import say
 from qvit_jax.quantization import METHODS
 from qvit_jax.training import processes

@@ -35,7 +35,24 @@ def commands(text):
     yield [re.sub(r'recipe=RECIPE$', 'recipe=lsq', a) for a in argv]
 
 
+def with_page(argv):
+  """Returns a command that relies on a run with a page in place of it."""
+  if any(a.startswith('--config=') for a in argv):
+    return argv
+  assert any(a.startswith('--mode=') for a in argv), argv
+  added = ['--config=configs/vit_ti_digits_w4a4.py']
+  takes_float = {'--mode=ptq', '--mode=sensitivity', '--mode=merge_lora'}
+  if '.safetensors' in ' '.join(argv):
+    added.append('--config.quant.recipe=ptq')
+  elif takes_float & {*argv}:
+    added.append('--config.quant.recipe=none')
+  if '--mode=merge_lora' in argv:
+    added += ['--config.lora.rank=4', "--config.lora.targets=('all',)"]
+  return [*argv, *added]
+
+
 def resolved(argv, monkeypatch):
+  argv = with_page(argv)
   monkeypatch.setattr(sys, 'argv', argv)
   monkeypatch.chdir(ROOT)
   config, page, overrides, flags, _ = main._parse(argv)

@@ -13,7 +13,6 @@ from typing import Any
 from qvit_jax.config import resolve
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import auto, sources
-from qvit_jax.modes import Mode
 from qvit_jax.store import files, runs
 
 # Sections that say where arrays come from and what is done with a model, not
@@ -55,7 +54,7 @@ def find(mode: str, workdir: str, path: str, pages: str) -> Own:
   """
   place = pathlib.Path(resolve.expand(workdir)) if workdir else None
   if path and mode != 'train':
-    return _of_path(resolve.expand(path))
+    return of_path(resolve.expand(path))
   if place is not None and (stored := _of_workdir(place)):
     page = page_of(stored, str(place))
     if mode != 'train' and runs.has_steps(place):
@@ -81,7 +80,13 @@ def _of_workdir(place: pathlib.Path) -> dict[str, Any] | None:
   return found and resolve.upgraded(found)
 
 
-def _of_path(path: str) -> Own:
+def of_path(path: str) -> Own:
+  """Returns the config of a run, a packed file or an adapter.
+
+  Raises:
+    ConfigError: It is of a newer version.
+    CheckpointError, WeightsError: There is none, or it is damaged.
+  """
   run = runs.open_run(path)
   lines = [f'that of {run.origin}']
   if run.config is None:  # a packed model of an earlier version
@@ -156,11 +161,12 @@ def _unfrozen(config: Any) -> Any:
   return page
 
 
-def differences(mode: Mode, config: Any, workdir: str) -> list[str]:
+def differences(mode: Any, config: Any, workdir: str) -> list[str]:
   """Returns a line for each field that is another one in the run itself.
 
   Args:
-    mode: What the config was resolved for; fields it ignores do not count.
+    mode: A `modes.Mode` that the config was resolved for; what it ignores does
+      not count.
     config: Resolved.
     workdir: Of the command.
   """

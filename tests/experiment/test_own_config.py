@@ -9,7 +9,7 @@ from PIL import Image
 
 from qvit_jax import modes
 from qvit_jax.config import resolve
-from qvit_jax.modes import own_config
+from qvit_jax.experiment import own_config
 from qvit_jax.store import tensors
 from tests.conftest import make_digits_config
 
