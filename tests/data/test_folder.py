@@ -746,6 +746,7 @@ def check_signals(place):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_outlive_signals_and_not_the_training(tmp_path):
   """Ctrl-C and batch systems signal them too, before all is saved."""
   root = make_folder(tmp_path / 'set')

@@ -342,6 +342,7 @@ def test_what_is_looked_at_is_what_eval_would_restore(tmp_path):
     modes.run('train', config, str(tmp_path / 'other'))
 
 
+@pytest.mark.slow
 def test_adapters_tell_the_model_and_their_own_classes(tmp_path):
   base = FIXTURES / 'hf_vit'  # of 5 classes
   adapted = {'lora__rank': 2, 'lora__targets': ('all',)}

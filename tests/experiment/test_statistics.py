@@ -78,6 +78,7 @@ def test_a_training_goes_on_from_the_statistics_of_another(trained, tmp_path):
     assert same or not path.startswith(f'{COLLECTION}/'), path
 
 
+@pytest.mark.slow
 def test_statistics_estimated_anew_are_those_of_training_images(
   tmp_path, capsys
 ):

@@ -302,6 +302,7 @@ def test_weight_gradients_of_frozen_kernels_are_never_formed(base):
   assert of_kernel not in products(config)
 
 
+@pytest.mark.slow
 def test_a_step_costs_two_thirds_of_the_operations():
   config, full = lora_config(rank=1), make_digits_config()
   for one in (config, full):

@@ -124,6 +124,7 @@ def test_statistics_and_norms_are_absent_where_there_is_no_batch_norm(
   assert names == set(tree.flatten(without['params']))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_no_statistic(monkeypatch):
   found = []
   for make in (lambda **f: mobilenet_config(monkeypatch, **f), vgg_config):

@@ -201,6 +201,7 @@ def test_a_weights_path_needs_a_whole_model(trained, tmp_path):
     modes.run('train', config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_what_was_merged(trained, tmp_path):
   """Adapters on a base that is a run; eval finds it by itself."""
   modes.run('merge_lora', lora_config(init='pissa'), str(trained))

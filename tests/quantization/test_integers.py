@@ -151,6 +151,7 @@ def aqt_packed(config):
   return packed_of(model, variables, config)
 
 
+@pytest.mark.slow
 def test_a_trained_model_has_products_of_int8_too():
   config = rich_config(depth=1)
   check_program(config, aqt_packed(config))

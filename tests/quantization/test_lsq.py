@@ -446,6 +446,7 @@ def test_a_packed_model_has_the_codes_of_its_training(recipe, quant, dtype):
   np.testing.assert_allclose(near, levels, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'recipe',
   [

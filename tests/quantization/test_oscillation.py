@@ -160,6 +160,7 @@ def two_steps(config, stage):
   return experiment, seen, ticks
 
 
+@pytest.mark.slow
 def test_the_stage_freeze_moves_what_is_near_a_boundary():
   experiment, (_, before, after), _ = two_steps(
     config_of(**{'quant.recipe': 'statsq', 'quant.freeze': 0.1}), 'freeze'

@@ -426,6 +426,7 @@ def test_without_random_numbers_the_model_is_the_same(digits_config):
   assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_every_layer_and_update_draws_its_own_numbers(digits_config):
   config = copy.deepcopy(digits_config)
   config.quant.update(recipe='aqt', backward_bits=8)

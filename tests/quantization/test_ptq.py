@@ -560,6 +560,7 @@ def test_calibration_is_kept_and_taken_over(trained, tmp_path, capsys):
     modes.run('ptq', taken, str(tmp_path / 'fifth'))
 
 
+@pytest.mark.slow
 def test_statistics_in_which_a_bit_flipped_are_not_taken(tmp_path):
   """Those that the user names are refused, the workdir's own made anew."""
   config, lines = rich_config(), []
@@ -651,6 +652,7 @@ def test_rows_of_other_weights_are_measured_anew(trained, tmp_path, capsys):
   assert 'done before' not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gptq_is_not_left_out_above_eight_bits():
   config = rich_config()
   params = random_params(config)

@@ -83,8 +83,9 @@ def sqnr(wanted, found):
 @pytest.mark.parametrize(
   ('fields', 'name', 'least'),
   [
-    pytest.param(CLIP, 'w4a4', 8, id='clip'),
-    pytest.param(SIGLIP, 'int8_static', 25, id='siglip'),
+    pytest.param(CLIP, 'w4a4', 8, id='clip', marks=pytest.mark.slow),
+    pytest.param(SIGLIP, 'int8_static', 25, id='siglip',
+                 marks=pytest.mark.slow),
     pytest.param(DINOV3_PLUS, 'w4a4', 5, id='dinov3'),
     pytest.param(DINOV3, 'int8_static', 25, id='dinov38',
                  marks=pytest.mark.slow),

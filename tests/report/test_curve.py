@@ -314,6 +314,7 @@ def test_runs_train_what_there_is(recipe, steps, trained):
   assert config.train.trainable == ('auto',)
 
 
+@pytest.mark.slow
 def test_the_config_asks_for_five_widths_and_three_seeds():
   runs = curve.plan(scaling_law.get_config(), notes_of)
   assert [run.name for run in runs[:4]] == [

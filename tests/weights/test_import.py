@@ -258,6 +258,7 @@ def test_the_cache_is_used_and_the_commit_pinned(
   assert saved['weights']['path'] == pinned
 
 
+@pytest.mark.slow
 def test_without_network_and_cache_it_says_what_to_fetch(
   empty_cache, call_main, tmp_path
 ):
