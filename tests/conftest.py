@@ -117,14 +117,14 @@ def peak_bytes():
 @pytest.fixture
 def call_main(capsys, monkeypatch):
   """Returns call(*flags): `run_main` without a process of its own."""
-  import main
+  from qvit_jax.api import cli
 
   monkeypatch.setattr(sys, 'argv', sys.argv)  # main sets it
   monkeypatch.chdir(ROOT)
 
   def call(*flags):
     capsys.readouterr()
-    code = main.main(['main.py', *map(str, flags)])
+    code = cli.main(['main.py', *map(str, flags)])
     return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
   return call

@@ -40,8 +40,9 @@ def check_mistake(result, *parts):
 def test_freed_arrays_stay_with_the_process():
   code = (
     'import sys\n'
-    'import main, numpy\n'
-    "if sys.argv[1] == 'keep': main._keep_memory()\n"
+    'import numpy\n'
+    'from qvit_jax.api import cli\n'
+    "if sys.argv[1] == 'keep': cli._keep_memory()\n"
     'numpy.ones(2**24)\n'  # 128 MiB, gone at once
     "pages = int(open('/proc/self/statm').read().split()[1])\n"
     'print(pages * 4096 // 2**20)\n'
@@ -58,7 +59,8 @@ def test_freed_arrays_stay_with_the_process():
 
 def test_help_lists_modes_and_loads_no_jax():
   code = (
-    "import sys, main; assert main.main(['main.py', '--help']) == 0; "
+    'import sys; from qvit_jax.api import cli; '
+    "assert cli.main(['main.py', '--help']) == 0; "
     "print(sorted({'jax', 'numpy', 'tensorflow'} & set(sys.modules)))"
   )
   done = subprocess.run(
@@ -200,9 +202,10 @@ def test_a_read_only_disk_is_one_line(call, tmp_path):
 
 def test_sites_of_the_headline_make_no_array_and_write_nothing(tmp_path):
   code = (
-    'import sys, main\n'
+    'import sys\n'
+    'from qvit_jax.api import cli\n'
     'from tests.conftest import peak_bytes\n'
-    'code = main.main(sys.argv)\n'
+    'code = cli.main(sys.argv)\n'
     'print(code, peak_bytes())\n'
   )
   done = subprocess.run(

@@ -52,7 +52,7 @@ LINES = {
   'weights/layouts.py': ('LAYOUTS = {\n', LAYOUT),
 }  # fmt: skip
 CALLS = """
-import main
+from qvit_jax.api import cli
 for argv in (
   ['--help'],
   ['--help', 'eval.person'],
@@ -66,7 +66,7 @@ for argv in (
   ['--config=configs/vit_folder.py', '--mode=hello', '--workdir=here',
    '--config.export.layout=mine'],
 ):
-  print('exit code', main.main(['main.py', *argv]))
+  print('exit code', cli.main(['main.py', *argv]))
 
 import numpy as np
 from qvit_jax.quantization.ptq import apply, rows

@@ -28,7 +28,7 @@ class StopFlag:
     for number in SIGNALS:
       before = signal.signal(number, self._handle)
       self._before[number] = before
-      # One that came earlier and did not stop us; see main.py.
+      # One that came earlier and did not stop us; see `api/cli.py`.
       self.received = self.received or getattr(before, 'received', None)
     return self
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import main
 from configs import common
+from qvit_jax.api import cli
 from qvit_jax.config import resolve
 from qvit_jax.errors import ConfigError
 from qvit_jax.modes import MODES, runner
@@ -55,7 +55,7 @@ def resolved(argv, monkeypatch):
   argv = with_page(argv)
   monkeypatch.setattr(sys, 'argv', argv)
   monkeypatch.chdir(ROOT)
-  config, page, overrides, flags, _ = main._parse(argv)
+  config, page, overrides, flags, _ = cli._parse(argv)
   context = runner.context_of(MODES[flags.mode], config)
   return resolve.resolve(config, context, overrides=overrides, page=page)
 
