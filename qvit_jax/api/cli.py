@@ -29,6 +29,8 @@ import signal
 import sys
 import textwrap
 
+from qvit_jax.arithmetic import host
+
 COMMAND = 'qvit'  # of an installed package
 _HELP = ('--help', '-h', '-help', '--helpfull')
 _STOPPED = 75  # EX_TEMPFAIL: batch systems requeue such a job
@@ -334,11 +336,7 @@ def _widen_vectors() -> None:
   It prefers half of AVX-512 by itself, with which a MobileNetV2 takes longer on
   some CPUs (docs/results.md). Whoever sets XLA_FLAGS decides.
   """
-  try:
-    text = pathlib.Path('/proc/cpuinfo').read_text()
-  except OSError:  # no Linux
-    return
-  if re.search(r'^flags.* avx512f ', text, re.MULTILINE):
+  if host.has('avx512f'):
     os.environ.setdefault('XLA_FLAGS', '--xla_cpu_prefer_vector_width=512')
 
 

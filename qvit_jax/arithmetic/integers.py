@@ -1,8 +1,9 @@
 """Products of codes of up to 8 bits, each in the form its hardware runs best.
 
-On a CPU codes travel as bf16 numbers (`exact`). Elsewhere they are int8 and
-their sums int32: what the integer units of accelerators take. Both are exact,
-so the results are equal bit for bit.
+On a CPU codes travel as float numbers (`exact`): of bf16 where it multiplies
+them, else of float32, to which XLA would widen them. Elsewhere they are int8
+and their sums int32: what the integer units of accelerators take. All are
+exact, so the results are equal bit for bit.
 """
 
 import dataclasses
@@ -12,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qvit_jax.arithmetic import host
 from qvit_jax.arithmetic.exact import exact_dot
 from qvit_jax.arithmetic.products import Dims, Window, patches, spread
 
 _CARRIER = jnp.bfloat16  # holds every whole number up to 256
+_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16')  # of x86 and ARM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,13 @@ def integer_dot(lhs: Whole, rhs: Whole, dims: Dims, parts: int = 0):
     dims: One axis is contracted, or a window.
     parts: See `exact.exact_dot`.
   """
+  carrier = _CARRIER if host.has(*_BF16) else jnp.float32
   return jax.lax.platform_dependent(
     lhs,
     rhs,
     cpu=lambda a, b: exact_dot(
-      carried(a.numbers), carried(b.numbers), dims, a.most * b.most, parts
+      a.numbers.astype(carrier), b.numbers.astype(carrier), dims,
+      a.most * b.most, parts,
     ),
     default=lambda a, b: int8_dot(a, b, dims).astype(jnp.float32),
   )
