@@ -18,6 +18,7 @@ from qvit_jax.evaluation import fixed, timing
 from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
 from qvit_jax.experiment import (
   calibration,
+  cards,
   engine_times,
   findings,
   sensitivity,
@@ -187,7 +188,12 @@ class Table:
       finished.append(self._row(row, found, rivals, seconds))
       self._write(baseline, finished)
       self.say(self._line(index, finished[-1]))
-    path = page.write(self.place, self._write(baseline, finished))
+    found = self._write(baseline, finished)
+    cards.write_table(
+      self.place / 'artifacts', self.experiment.model, finished,
+      found['environment'], self.experiment.data.class_names,
+    )  # fmt: skip
+    path = page.write(self.place, found)
     if self._histograms is None:
       self.say(
         f'no {_ACTIVATIONS} is written: no row reads statistics of the model '

@@ -14,7 +14,13 @@ import numpy as np
 
 from qvit_jax import models, tree, weights
 from qvit_jax.errors import ExportError
-from qvit_jax.experiment import checks, in_engines, sources, statistics
+from qvit_jax.experiment import (
+  cards,
+  checks,
+  in_engines,
+  sources,
+  statistics,
+)
 from qvit_jax.experiment.model import Model, folded
 from qvit_jax.quantization import METHODS
 from qvit_jax.quantization.methods.packing import pack
@@ -24,7 +30,7 @@ from qvit_jax.store import files, runs
 # What `--mode=export` may leave in its folder; one form at a time.
 _FILES = (
   'model.safetensors', 'model.npz', 'model.packed.safetensors', 'model.onnx',
-  'model.stablehlo', 'config.json',
+  'model.stablehlo', 'config.json', 'preprocessor_config.json',
 )  # fmt: skip
 
 
@@ -42,20 +48,30 @@ def put(target: pathlib.Path, content: bytes) -> None:
 
 
 def conclude(
-  target: pathlib.Path, parity: dict[str, Any], beside: Collection[str] = ()
+  config: Any,
+  target: pathlib.Path,
+  model: Model,
+  parity: dict[str, Any],
+  beside: Collection[str] = (),
+  **library: Any,
 ) -> None:
-  """Writes parity.json and removes what an export in another form has left.
+  """Writes parity.json and README.md; removes what another form has left.
 
   Args:
-    target: What was exported.
+    config: Resolved for `--mode=export`.
+    target: What was exported, in WORKDIR/export.
+    model: Of what it is.
     parity: How it compares, beside its name and size.
     beside: Names of files that belong to it.
+    library: Of `cards.write_export`.
   """
   found = {'file': target.name, 'bytes': target.stat().st_size, **parity}
   files.write_json(target.with_name('parity.json'), found)
   for name in _FILES:
     if name != target.name and name not in beside:
       target.with_name(name).unlink(missing_ok=True)
+  place = target.parent.parent
+  cards.write_export(config, place, target, model, found, **library)
 
 
 def subject(

@@ -39,13 +39,21 @@ def write_weights(
   tensor_files.save_tensors(
     tensors, target, form=kind.format, metadata=texts
   )
-  beside = []
+  beside: list[str] = []
+  library: dict[str, Any] = {}
   if weights.LAYOUTS[layout].transformers:
     text = weights.hf_config(
       shape, tensors, layout, class_names=facts.get('class_names', ())
     )
-    files.write_text(target.with_name('config.json'), text)
-    beside.append('config.json')
+    processor = weights.hf_processor(config.data, config.model.image_size)
+    for name, content in (
+      ('config.json', text), ('preprocessor_config.json', processor)
+    ):  # fmt: skip
+      files.write_text(target.with_name(name), content)
+      beside.append(name)
+    library = {
+      'library': 'transformers', 'code': weights.how_to_open(shape, layout),
+    }  # fmt: skip
   for line in weights.how_to_build(shape, tensors, layout):
     say(f'note: {line}')
   again, _ = weights.read_weights(str(target), model.shapes)
@@ -53,10 +61,10 @@ def write_weights(
   largest = max(float(np.abs(again[n] - params[n]).max()) for n in params)
   size = target.stat().st_size
   deploy.conclude(
-    target,
+    config, target, model,
     {'layout': layout, 'tensors': len(tensors), 'reads_back_equal': same,
      'largest_difference': largest},
-    beside,
+    beside, **library,
   )  # fmt: skip
   read = 'bit for bit' if same else f'within {largest:.2g}'
   say(

@@ -69,7 +69,7 @@ def write(
   target = place / 'export' / NAME
   deploy.put(target, content)
   deploy.conclude(
-    target,
+    config, target, experiment.model,
     {'profile': profile, 'execution': packed.execution, **found,
      'products': products},
   )  # fmt: skip

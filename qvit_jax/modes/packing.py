@@ -44,7 +44,7 @@ def write_packed(
   found = _compare(model, variables, again)
   full = tree.num_bytes(model.shapes['params'])
   deploy.conclude(
-    target,
+    config, target, model,
     {'compression': full / size, 'execution': again.execution,
      'why': again.why, **found},
   )  # fmt: skip

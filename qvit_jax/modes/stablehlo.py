@@ -9,6 +9,7 @@ import numpy as np
 
 from qvit_jax import models
 from qvit_jax.evaluation.metrics import compare_logits
+from qvit_jax.experiment.model import Model
 from qvit_jax.export import stablehlo
 from qvit_jax.modes import deploy
 from qvit_jax.quantization.packed import Packed
@@ -37,7 +38,7 @@ def write(
   deploy.put(target, content)
   found = _compare(apply, packed, stablehlo.load(target.read_bytes()), size)
   deploy.conclude(
-    target,
+    config, target, Model(config, packed),
     {'execution': packed.execution, 'why': packed.why,
      'platforms': list(stablehlo.PLATFORMS), **found},
   )  # fmt: skip

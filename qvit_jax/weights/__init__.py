@@ -8,7 +8,7 @@ from qvit_jax.weights.builders import (
 )
 from qvit_jax.weights.containers import open_source
 from qvit_jax.weights.facts import is_reordered, one_form, order_of
-from qvit_jax.weights.hf_config import hf_config
+from qvit_jax.weights.hf_config import hf_config, hf_processor, how_to_open
 from qvit_jax.weights.hub import HubUnreachableError
 from qvit_jax.weights.layout import full_path
 from qvit_jax.weights.layouts import LAYOUTS
@@ -25,7 +25,8 @@ from qvit_jax.weights.timm_names import usual_heads
 
 __all__ = [
     'LAYOUTS', 'HubUnreachableError', 'Report', 'Told', 'clip_arguments',
-    'eva_arguments', 'full_path', 'hf_config', 'how_to_build', 'is_reordered',
+    'eva_arguments', 'full_path', 'hf_config', 'hf_processor', 'how_to_build',
+    'how_to_open', 'is_reordered',
     'layout_of', 'load_weights', 'one_form', 'open_named', 'open_source',
     'order_of', 'read_weights', 'resolve', 'tell', 'timm_arguments',
     'translate', 'usual_heads',

@@ -14,6 +14,8 @@ _HIDDEN_ACT = {
   'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'quick_gelu': 'quick_gelu',
   'swiglu': 'silu',
 }  # fmt: skip
+# Pillow's numbers of its filters.
+_RESAMPLE = {'bilinear': 2, 'bicubic': 3}
 # Layouts and poolings whose class has no head, and its name.
 _HEADLESS = {
   ('hf_clip', 'token'): 'CLIPVisionModel',
@@ -87,6 +89,43 @@ def hf_config(
     config = {k: x for k, x in config.items() if k in own}
     config['vision_config'] = tower
   return json.dumps(config, indent=2)
+
+
+def hf_processor(data: Any, size: int) -> str:
+  """Returns the preprocessor_config.json with which images are prepared there.
+
+  The shorter side is resized and the middle cut out, as ours are.
+
+  Args:
+    data: Section of a config: `resize`, `mean`, `std`.
+    size: Of the model, px.
+  """
+  return json.dumps(
+    {
+      'image_processor_type': 'CLIPImageProcessor',
+      'do_convert_rgb': True,
+      'do_resize': True, 'size': {'shortest_edge': size},
+      'resample': _RESAMPLE[data.resize],
+      'do_center_crop': True, 'crop_size': {'height': size, 'width': size},
+      'do_rescale': True, 'rescale_factor': 1 / 255,
+      'do_normalize': True,
+      'image_mean': list(data.mean), 'image_std': list(data.std),
+    },
+    indent=2,
+  )  # fmt: skip
+
+
+def how_to_open(shape: dict[str, Any], layout: str) -> list[str]:
+  """Returns the lines of Python that open an exported folder and use it."""
+  name = 'AutoModelForImageClassification'
+  if not has_class(shape, layout):
+    name = class_of(shape, layout)
+  return [
+    f'from transformers import AutoImageProcessor, {name}', '',
+    "processor = AutoImageProcessor.from_pretrained('.')",
+    f"model = {name}.from_pretrained('.')",
+    "outputs = model(**processor(pictures, return_tensors='pt'))",
+  ]
 
 
 def _vit(shape, tensors, name) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def test_packing_another_export_leaves_one_file(runs, tmp_path):
     config.export.format = form
     modes.run('export', config, str(tmp_path))
     there = {path.name for path in (tmp_path / 'export').iterdir()}
-    assert there == {name, 'parity.json'}
+    assert there == {name, 'parity.json', 'README.md'}
 
 
 @pytest.mark.parametrize('of', ['run', 'weights'])

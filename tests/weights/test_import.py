@@ -169,7 +169,7 @@ def test_an_export_leaves_nothing_of_the_one_before(config, tmp_path):
   modes.run('export', config, str(tmp_path))
   folder = tmp_path / 'export'
   names = {path.name for path in folder.iterdir()}
-  assert names == {'model.npz', 'parity.json'}
+  assert names == {'model.npz', 'parity.json', 'README.md'}
   # Nothing that is not ours goes, nor anything before the new file is there.
   (folder / 'notes.txt').write_text('')
   config.model.layer_scale = 1.0
