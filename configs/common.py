@@ -379,6 +379,8 @@ mesh
     kernels of a ViT-S are not split at all.
   mesh.tensor = 1
     Parts that heads and MLP channels are split into.
+  mesh.timeout = 300
+    Seconds that a process waits for the others of its run to start.
 
 log
   log.every = 50

@@ -48,7 +48,7 @@ def run(
   if config_lib.flatten(config).get('model.size') == auto.SIZE:
     config_lib.check_fields(config, context)  # before they are compared
     if workdir:
-      processes.join()  # it may ask JAX for its devices
+      processes.join(config.mesh.timeout)  # it may ask JAX for its devices
     config, lines = auto.filled(
       config, workdir, trains=mode.trains, overrides=overrides,
       reads_data=not context.mode.ignores_field('data.source'),
@@ -64,11 +64,12 @@ def run(
     mesh = {
       name: field.default
       for name, field in config_lib.FIELDS.items()
-      if field.section == 'mesh'
+      if field.section == 'mesh' and name != 'mesh.timeout'
     }
     resolved = config_lib.with_fields(resolved, mesh)
   if workdir:
-    processes.join()  # before anything asks JAX for its devices
+    # Before anything asks JAX for its devices.
+    processes.join(resolved.mesh.timeout)
   if mode.processes == 'one' and jax.process_count() > 1:
     raise ConfigError(f'--mode={mode.name} runs in one process; start it once')
   if resolved.eval.engine != 'jax' and jax.process_count() > 1:

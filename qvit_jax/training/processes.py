@@ -32,7 +32,9 @@ from qvit_jax.errors import ConfigError
 # processes are gone within a minute.
 _SILENCE_SECONDS = 20
 _JAX_SILENCE_SECONDS = 60
-_START_SECONDS = 300
+START_SECONDS = 300
+# How often a process that waits for others says so.
+_TELL_SECONDS = 30
 # How long the first process, which hosts the service, waits until all have read
 # how the run ended, and all for the slowest one at a good end.
 _READ_SECONDS = 10
@@ -51,21 +53,25 @@ def several() -> bool:
   return any(os.environ.get(name, '') not in ('', '1') for name in names)
 
 
-def join() -> None:
+def join(seconds: int = START_SECONDS) -> None:
   """Joins the other processes of a run that was started as several.
 
   SLURM and Open MPI are recognised by JAX itself; elsewhere
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+
+  Args:
+    seconds: How long they are waited for; every half minute a line says so.
 
   Raises:
     ConfigError: These are not what they should be.
   """
   if several() and not _joined.is_set():
     _join(
-      _START_SECONDS,
-      'ConfigError: the other processes did not start within '
-      f'{_START_SECONDS} s; start the same command in each of them, with the '
-      'same JAX_COORDINATOR_ADDRESS and its own JAX_PROCESS_ID',
+      seconds,
+      f'ConfigError: the other processes did not start within {seconds} s; '
+      'start the same command in each of them, with the same '
+      'JAX_COORDINATOR_ADDRESS and its own JAX_PROCESS_ID, or set '
+      '--config.mesh.timeout= to more',
       2,
     )
 
@@ -74,19 +80,31 @@ def _join(seconds: int, line: str, code: int) -> None:
   import jax
 
   own = _own_process()
+  waiting = (
+    f'waiting for the other processes: this is {own.get("process_id")} of '
+    f'{own.get("num_processes")}, the first is at '
+    f'{own.get("coordinator_address")}'
+  )
   if own.get('process_id'):
     own['coordinator_address'] = _relay(own['coordinator_address'])
   # Its handler of SIGTERM would replace ours, and it knows no other signal.
   jax.config.update('jax_enable_preemption_service', False)
-  late = threading.Timer(seconds, _end, (code, line))
-  late.daemon = True
-  late.start()
+
+  def wait():
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+      if _joined.wait(min(left, _TELL_SECONDS)):
+        return
+      if line and left > _TELL_SECONDS:
+        print(f'{waiting} (up to {seconds} s)', flush=True)
+    _end(code, line)
+
+  threading.Thread(target=wait, daemon=True).start()
   jax.distributed.initialize(
     **own,
-    initialization_timeout=2 * _START_SECONDS,  # ends in an abort
+    initialization_timeout=2 * max(seconds, START_SECONDS),  # ends in an abort
     heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS,
   )
-  late.cancel()
   _joined.set()
   threading.Thread(target=_watch, daemon=True).start()
 
@@ -101,7 +119,7 @@ def _own_process() -> dict[str, Any]:
     fields = ('coordinator_address', 'num_processes', 'process_id',
               'local_device_ids')  # fmt: skip
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      *(None for _ in fields), None, _START_SECONDS
+      *(None for _ in fields), None, START_SECONDS
     )
     return dict(zip(fields, found, strict=True))
   count, own, port = (

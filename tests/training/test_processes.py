@@ -119,8 +119,8 @@ def test_a_wrong_environment_is_refused(monkeypatch, address, count, own):
 def test_a_process_that_waits_alone_gives_up(own):
   code = (
     'from qvit_jax.training import processes\n'
-    'processes._START_SECONDS = 3\n'
-    'processes.join()'
+    'processes._TELL_SECONDS = 1\n'
+    'processes.join(3)'
   )
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -137,10 +137,12 @@ def test_a_process_that_waits_alone_gives_up(own):
     check=False,
   )
   assert done.returncode == 2
+  waits = f'waiting for the other processes: this is {own} of 2, the first is '
+  assert done.stdout.count(f'{waits}at 127.0.0.1:29517 (up to 3 s)\n') == 2
   assert done.stderr == (
     'ConfigError: the other processes did not start within 3 s; start the same '
     'command in each of them, with the same JAX_COORDINATOR_ADDRESS and its '
-    'own JAX_PROCESS_ID\n'
+    'own JAX_PROCESS_ID, or set --config.mesh.timeout= to more\n'
   )
 
 

@@ -108,6 +108,10 @@ FIELDS = (
     'Parts that heads and MLP channels are split into.',
   ),
   Field(
+    'mesh.timeout', 300, ONE_UP,
+    'Seconds that a process waits for the others of its run to start.',
+  ),
+  Field(
     'log.every', 50, ONE_UP,
     'Updates between two lines of metrics; >= 1.',
   ),
