@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,13 +11,14 @@ import jax
 import numpy as np
 import rich.progress
 
-from qvit_jax.data import open_images, preprocess
+from qvit_jax.data import Data, open_images, preprocess
 from qvit_jax.errors import DivergedError
 from qvit_jax.evaluation import fixed
 from qvit_jax.experiment import in_engines, sources
 from qvit_jax.experiment.experiment import Experiment
 from qvit_jax.modes import session
 from qvit_jax.modes.session import say
+from qvit_jax.report.predictions import Gallery
 from qvit_jax.store import files
 
 
@@ -91,13 +93,27 @@ def _name(experiment: Experiment, index: int) -> str:
   return names[index] if index < len(names) else f'class {index}'
 
 
-def to_text(found: Iterator[dict[str, Any]], total: int) -> tuple[str, int]:
-  """Returns JSON, a line an image, and how many there are; shows a bar."""
+def write(
+  place: pathlib.Path, found: Iterator[dict[str, Any]], data: Data, title: str
+) -> int:
+  """Writes predictions.jsonl as answers come, and a page; returns their number.
+
+  Args:
+    place: The workdir.
+    found: Of `answers`.
+    data: Of `open_images`.
+    title: Which model answers.
+  """
+  gallery = Gallery(data.eval.records.root, data.class_names)
   shown = rich.progress.track(
-      found, 'predict', total=total, disable=not sys.stdout.isatty()
+      found, 'predict', total=data.eval.size, disable=not sys.stdout.isatty()
   )  # fmt: skip
-  lines = [json.dumps(one) for one in shown]
-  return ''.join(line + '\n' for line in lines), len(lines)
+  with files.replacing(place / 'predictions.jsonl') as lines:
+    for one in shown:
+      lines.write(json.dumps(one) + '\n')
+      gallery.add(one)
+  gallery.write(place / 'predictions.html', title)
+  return gallery.count
 
 
 def predict(config: Any, workdir: str) -> None:
@@ -118,7 +134,10 @@ def predict(config: Any, workdir: str) -> None:
       for line in lines:
         say(f'engine    {line}')
     found = answers(experiment, variables, engine)
-    text, count = to_text(found, data.eval.size)
-    files.write_text(place / 'predictions.jsonl', text)
+    title = f'{experiment.model.title}; {experiment.model.bits}; {origin[0]}'
+    count = write(place, found, data, title)
     session.say_bad_files(experiment)
-    say(f'{count:,} images; results in {place / "predictions.jsonl"}')
+    say(
+      f'{count:,} images; results in {place / "predictions.jsonl"}, to look at '
+      f'in {place / "predictions.html"}'
+    )

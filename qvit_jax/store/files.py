@@ -1,13 +1,14 @@
 """Files of a workdir: atomic writes and the lock."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
 import socket
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 from qvit_jax.errors import ConfigError
 
@@ -33,6 +34,23 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
   except OSError:
     temporary.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[IO[str]]:
+  """Opens a text file that takes the place of another one when it is whole.
+
+  Where that fails the former file stays.
+  """
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    with open(temporary, 'w', encoding='utf-8') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """--mode=predict: files in, classes with probabilities out."""
 
+import collections
 import json
 import os
 
@@ -15,6 +16,7 @@ from qvit_jax.data import batches, open_images
 from qvit_jax.errors import CheckpointError, ConfigError, DataError
 from qvit_jax.experiment import sources
 from qvit_jax.experiment.experiment import Experiment
+from qvit_jax.report import predictions
 from qvit_jax.store import adapters, artifacts, runs
 from tests import small_models
 from tests.conftest import make_digits_config
@@ -95,6 +97,40 @@ def test_so_many_classes_as_asked_for_and_no_more_than_there_are(
   shares = [one['probability'] for one in found['0.png']]
   assert shares == sorted(shares, reverse=True)
   assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_page_shows_mistakes_of_folders_that_are_classes(
+  trained, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(predictions, 'MOST', 5)
+  for i in range(9):
+    name = '<b>&.png' if i == 4 else f'{i}.png'
+    save(tmp_path / '37'[i % 2] / name, noise(20, 9, 3, seed=i))
+  save(tmp_path / 'other' / 'x.png', noise(8, 8, 3, seed=99))
+  found = predict(trained, tmp_path)
+  page = (trained / 'predictions.html').read_text()
+  named = {file: classes[0]['name'] for file, classes in found.items()}
+  right = sum(name[0] == named[name] for name in named if 'other' not in name)
+  assert f'9 lie in folders that are named as classes: {right} of' in page
+  pairs = collections.Counter(
+    (name[0], top) for name, top in named.items()
+    if 'other' not in name and name[0] != top
+  )  # fmt: skip
+  for (label, top), times in pairs.items():
+    assert f'<td>{label}</td><td>{top}</td><td>{times}</td>' in page
+  assert f'5 of {9 - right}, the surest first' in page
+  sure = max(
+    classes[0]['probability'] for name, classes in found.items()
+    if 'other' not in name and name[0] != classes[0]['name']
+  )  # fmt: skip
+  shown = page.partition('Mistakes</h2>')[2]
+  assert f'{100 * sure:.1f}&nbsp;%' in shown[: shown.index('</figure>')]
+  assert 'The first 5 of 10' in page
+  assert page.count('data:image/jpeg;base64,') == 10
+  assert '&lt;b&gt;&amp;.png' in page
+  assert '<b>&.png' not in page
+  assert '<script' not in page
+  assert 'http' not in page.replace('http-equiv', '')
 
 
 def test_one_file_can_be_given(trained, tmp_path):
