@@ -1,5 +1,6 @@
 """What `--mode=train` does from the first line to the last."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -13,6 +14,7 @@ from qvit_jax.experiment import first_state, sources, statistics
 from qvit_jax.experiment.experiment import Experiment, schedule_line
 from qvit_jax.modes import MODES, session
 from qvit_jax.modes.session import say
+from qvit_jax.report import figures
 from qvit_jax.store import adapters, files, runs
 from qvit_jax.store.checkpoint import Checkpoints
 from qvit_jax.training import ends, loop
@@ -117,6 +119,9 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
     evaluate=experiment.make_evaluator(),
     schedule=experiment.schedule,
     metadata=experiment.metadata(),
+    draw_confusion=functools.partial(
+      figures.confusion_pixels, names=experiment.data.class_names
+    ),
     tick=experiment.tick,
     kept=experiment.model.kept,
     learned=experiment.learned,

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import sklearn.isotonic
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -33,6 +34,7 @@ _STYLE = {
     'text.parse_math': False,  # a row's name may hold a dollar sign
 }  # fmt: skip
 _PAPER = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5}
+_MOST_SHOWN = 25  # classes of a confusion matrix with names
 _NEAR = 8.0  # points below float that get most of an accuracy axis
 
 
@@ -327,6 +329,51 @@ def confusion(panels) -> Figure:
   bar.set_label('share of the true class (%), log; white: none')
   bar.set_ticks([1, 10, 100], labels=['1', '10', '100'])
   return figure
+
+
+def named_confusion(
+  counts: Sequence[Sequence[int]], names: Sequence[str]
+) -> Figure:
+  """Returns a confusion matrix with names and counts.
+
+  Args:
+    counts: [classes, classes], true class by predicted class. Of many classes
+      those are drawn that are confused most.
+    names: By label; numbers stand for labels without one.
+  """
+  table = np.asarray(counts)
+  wrong = table - np.diag(np.diag(table))
+  most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind='stable')
+  shown = np.sort(most[:_MOST_SHOWN])
+  labels = [names[i] if i < len(names) else str(i) for i in shown]
+  part = table[np.ix_(shown, shown)]
+  shares = part / np.maximum(table.sum(axis=1)[shown], 1)[:, None]
+  figure = Figure((7.5, 7), layout='constrained', dpi=100)
+  axes = figure.subplots()
+  axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='none')
+  axes.grid(visible=False)
+  axes.set_xticks(range(len(shown)), labels, rotation=90)
+  axes.set_yticks(range(len(shown)), labels)
+  axes.set(xlabel='predicted class', ylabel='true class')
+  if len(shown) < len(table):
+    axes.set_title(f'the {len(shown)} of {len(table)} classes confused most')
+  for (y, x), count in np.ndenumerate(part):
+    if count:
+      axes.text(
+          x, y, str(count), ha='center', va='center', fontsize=6,
+          color='white' if shares[y, x] > 0.5 else 'black',
+      )  # fmt: skip
+  return figure
+
+
+def confusion_pixels(
+  counts: Sequence[Sequence[int]], names: Sequence[str]
+) -> np.ndarray:
+  """Returns `named_confusion` as uint8 [1, h, w, 3], for TensorBoard."""
+  with matplotlib.rc_context(_STYLE):
+    canvas = FigureCanvasAgg(named_confusion(counts, names))
+    canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[None, :, :, :3].copy()
 
 
 def _legend(figure: Figure, place: str) -> None:

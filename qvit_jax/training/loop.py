@@ -23,7 +23,7 @@ from qvit_jax.training.console import Console
 from qvit_jax.training.signals import StopFlag
 from qvit_jax.training.state import TrainState
 from qvit_jax.training.step import SCALING, TICK
-from qvit_jax.training.writers import Writers, confusion_image
+from qvit_jax.training.writers import Writers
 
 
 @dataclasses.dataclass
@@ -74,6 +74,7 @@ class Parts:
     evaluate: (variables, poll) -> metrics.
     schedule: Learning rate by updates done before.
     metadata: What is saved with every checkpoint.
+    draw_confusion: Counts [classes, classes] -> uint8 [1, h, w, 3].
     tick: Names of the numbers that a step reports.
     kept: variables -> what of them a checkpoint holds.
     learned: Paths of what is trained beside parameters.
@@ -89,6 +90,7 @@ class Parts:
   evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]
   schedule: Callable[[int], Any]
   metadata: dict[str, Any]
+  draw_confusion: Callable[[Any], Any]
   tick: tuple[str, ...] = TICK
   kept: Callable[[Any], Any] = lambda variables: variables
   learned: tuple[str, ...] = ()
@@ -333,9 +335,9 @@ class Trainer:
     self._writers.write_scalars(
       self._done, scalars | {'eval/images_per_second': rate}
     )
-    self._writers.write_images(
-      self._done, {'eval/confusion': confusion_image(metrics['confusion'])}
-    )
+    if self._writers.takes_images:
+      image = self.parts.draw_confusion(metrics['confusion'])
+      self._writers.write_images(self._done, {'eval/confusion': image})
     if self.parts.config.log.histograms:
       self._writers.write_histograms(self._done, self._kernels())
     self._console.line(

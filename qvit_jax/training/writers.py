@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from qvit_jax.errors import ConfigError
 
 
@@ -71,9 +69,14 @@ class JsonlWriter:
 class Writers:
   """All writers of a run as one."""
 
-  def __init__(self, writers: list[Any]):
-    """Args: writers with the interface of CLU's MetricWriter."""
-    self._writers = writers
+  def __init__(self, writers: list[Any], *, takes_images: bool = False):
+    """Takes them.
+
+    Args:
+      writers: With the interface of CLU's MetricWriter.
+      takes_images: Whether one of them keeps images.
+    """
+    self._writers, self.takes_images = writers, takes_images
 
   def __getattr__(self, name: str):
     """Forwards a call to each writer."""
@@ -121,20 +124,4 @@ def open_writers(
     _raise_if_from_tensorflow(error)
     raise
   writers.append(events)
-  return Writers(writers), 'metrics.jsonl, tensorboard/'
-
-
-def confusion_image(confusion: list[list[int]]) -> np.ndarray:
-  """Returns a confusion matrix as a grey image for `write_images`.
-
-  Args:
-    confusion: [classes, classes] counts, true class by predicted class.
-
-  Returns:
-    uint8 [1, side, side, 1]: each row as shares of its class, white = all.
-  """
-  counts = np.asarray(confusion, np.float64)
-  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  zoom = max(1, 400 // len(counts))
-  grey = np.kron(np.round(255 * shares), np.ones((zoom, zoom)))
-  return grey.astype(np.uint8)[None, :, :, None]
+  return Writers(writers, takes_images=True), 'metrics.jsonl, tensorboard/'

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from qvit_jax import modes
@@ -34,15 +33,6 @@ def test_lines_beyond_the_restored_step_and_half_lines_go(tmp_path):
   writer.write_scalars(6, {'train/loss': 60})
   writer.close()
   assert [row['loss'] for row in read_rows(tmp_path)] == [2, 4, 60]
-
-
-def test_confusion_image_shows_shares_of_each_true_class():
-  image = writers.confusion_image([[3, 1], [0, 0]])
-  assert image.shape == (1, 400, 400, 1)
-  assert image.dtype == np.uint8
-  assert image[0, 0, 0, 0] == 191  # 3/4 of 255
-  assert image[0, 0, 399, 0] == 64  # 1/4 of 255
-  assert image[0, 399].max() == 0  # a class without examples
 
 
 @pytest.fixture(scope='module')
