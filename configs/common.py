@@ -442,6 +442,11 @@ ptq
     quant.rules and what belongs to the recipe count then.
   ptq.qat_seeds = 1
     Runs at each of them: seed, seed + 1, ...; >= 1.
+
+compare
+  compare.runs = ()
+    --mode=compare: workdirs, steps, packed files or adapters that stand side by
+    side on one page; the first one is what the others are tested against.
 """
 
 from qvit_jax.config import resolve

@@ -270,7 +270,8 @@ def load(
       'adapter, a file or folder of weights, or hf://OWNER/NAME'
     )
   if kind:
-    return _opened(*_own(kind, pathlib.Path(path), given))
+    config, place, lines = own_config.loaded(path)
+    return _opened(config_lib.with_fields(config, given), place, lines)
   with tempfile.TemporaryDirectory() as place:  # for a report of the weights
     config, lines = _of_weights(path, given)
     return _opened(config, pathlib.Path(place), lines)
@@ -295,21 +296,6 @@ def _opened(config: Any, place: pathlib.Path, lines: list[str]) -> Classifier:
 
 def _is_weights(path: str) -> bool:
   return '://' in path or pathlib.Path(path).exists()
-
-
-def _own(
-  kind: str, place: pathlib.Path, given: dict[str, Any]
-) -> tuple[Any, pathlib.Path, list[str]]:
-  """Returns config, workdir and lines of something of ours."""
-  if kind == 'run' and runs.open_run(place).holds_adapters:
-    stored = runs.open_run(place)
-    page = own_config.page_of(stored.config, str(place))
-    return config_lib.with_fields(page, given), stored.workdir, []
-  own = own_config.of_path(str(place))
-  # An adapter's file is named by other fields.
-  flags = own.flags or {'checkpoint.path': str(place)}
-  page = config_lib.with_fields(own.page, flags | given)
-  return page, place, own.lines[1:]
 
 
 def _of_weights(path: str, given: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -15,6 +15,7 @@ import ml_collections
 from qvit_jax.config import checks
 from qvit_jax.config.fields import Field
 from qvit_jax.config.sections import (
+  compare,
   data,
   model,
   ptq,
@@ -26,7 +27,7 @@ from qvit_jax.errors import ConfigError
 
 FIELDS: dict[str, Field] = {
   field.name: field
-  for section in (model, quant, data, training, running, ptq)
+  for section in (model, quant, data, training, running, ptq, compare)
   for field in section.FIELDS
 }
 # Fields that became part of others, and what else their value needs.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+import scipy.stats
 import sklearn.metrics
 from jaxtyping import Array, Float, Int
 
@@ -64,7 +65,8 @@ def summarize(sums: EvalSums) -> dict[str, Any]:
   """Returns the metrics as plain Python values.
 
   Returns:
-    loss (mean, nats; may be infinite or NaN), top1, top5, f1_macro
+    loss (mean, nats; may be infinite or NaN), top1, top1_interval (of 95 %,
+    see `interval`), top5, f1_macro
     (scikit-learn's definition: over the classes that occur as truth or
     prediction), num_examples, per_class_top1 (null for a class without
     examples), confusion (square). Examples whose scores hold a NaN are missed
@@ -83,6 +85,7 @@ def summarize(sums: EvalSums) -> dict[str, Any]:
   return {
     'loss': loss,
     'top1': int(np.trace(confusion)) / total,
+    'top1_interval': interval(int(np.trace(confusion)), total),
     'top5': int(sums.top5) / total,
     'f1_macro': float(f1),
     'num_examples': total,
@@ -92,6 +95,45 @@ def summarize(sums: EvalSums) -> dict[str, Any]:
     ],
     'confusion': confusion.tolist(),
   }
+
+
+def interval(right: int, total: int) -> list[float]:
+  """Returns the 95 % confidence interval of a share, [low, high].
+
+  Source: Wilson 1927, "Probable inference, the law of succession, and
+  statistical inference", JASA 22.
+
+  Args:
+    right: Images that were named right.
+    total: Of so many.
+  """
+  test = scipy.stats.binomtest(right, total)
+  found = test.proportion_ci(confidence_level=0.95, method='wilson')
+  return [float(found.low), float(found.high)]
+
+
+def paired(
+  logits: np.ndarray, base: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+  """Returns how a model's answers differ from another's on the same images.
+
+  Source: McNemar 1947, "Note on the sampling error of the difference between
+  correlated proportions", Psychometrika 12; the exact, binomial form.
+
+  Args:
+    logits: [n, classes].
+    base: The other model's.
+    labels: [n].
+
+  Returns:
+    gained: images that only the first one names right; lost: only the other;
+    p: the chance of such a difference, or a larger one, between equal models.
+  """
+  here, there = (x.argmax(axis=1) == labels for x in (logits, base))
+  gained, lost = int((here & ~there).sum()), int((there & ~here).sum())
+  changed = gained + lost
+  p = scipy.stats.binomtest(gained, changed).pvalue if changed else 1.0
+  return {'gained': gained, 'lost': lost, 'p': float(p)}
 
 
 def compare_logits(

@@ -52,6 +52,10 @@ def find(mode: str, workdir: str, path: str, pages: str) -> Own:
     ConfigError: There is no run, or one of a newer version.
     CheckpointError, WeightsError: It is damaged.
   """
+  if mode == 'compare':  # each of its runs brings its own
+    fields = {'model.name': 'vit'}
+    page = resolve.with_fields(resolve.defaults(), fields)
+    return Own(_unfrozen(page), [], {})
   place = pathlib.Path(resolve.expand(workdir)) if workdir else None
   if path and mode != 'train':
     return of_path(resolve.expand(path))
@@ -115,6 +119,26 @@ def of_path(path: str) -> Own:
   return Own(_without_start(page), lines, {})
 
 
+def loaded(path: str) -> tuple[Any, pathlib.Path, list[str]]:
+  """Returns config, workdir and lines by which something of ours is opened.
+
+  Args:
+    path: A workdir (one of adapters too), a step, a packed file, an adapter.
+
+  Raises:
+    ConfigError: It is of a newer version.
+    CheckpointError, WeightsError: There is none, or it is damaged.
+  """
+  place = pathlib.Path(resolve.expand(path))
+  run = runs.open_run(place)
+  if run.kind == 'run' and run.holds_adapters:
+    return page_of(run.config, str(place)), run.workdir, []
+  own = of_path(str(place))
+  # An adapter's file is named by other fields.
+  flags = own.flags or {'checkpoint.path': str(place)}
+  return resolve.with_fields(own.page, flags), place, own.lines[1:]
+
+
 def page_of(stored: Mapping[str, Any], place: str) -> Any:
   """Returns a stored config as a page.
 
@@ -170,8 +194,9 @@ def differences(mode: Any, config: Any, workdir: str) -> list[str]:
     config: Resolved.
     workdir: Of the command.
   """
-  if mode.trains or not workdir:
-    return []  # a training says itself what has changed
+  # A training says itself what has changed.
+  if mode.trains or mode.name == 'compare' or not workdir:
+    return []
   source = sources.find(config, pathlib.Path(resolve.expand(workdir)))
   if source.kind == 'weights' or not runs.kind_of(source.path):
     return []

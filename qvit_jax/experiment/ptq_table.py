@@ -15,7 +15,12 @@ from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import preprocess
 from qvit_jax.errors import ConfigError, DivergedError
 from qvit_jax.evaluation import fixed, timing
-from qvit_jax.evaluation.metrics import EvalSums, compare_logits, summarize
+from qvit_jax.evaluation.metrics import (
+  EvalSums,
+  compare_logits,
+  paired,
+  summarize,
+)
 from qvit_jax.experiment import (
   calibration,
   cards,
@@ -428,6 +433,7 @@ class Table:
       seconds=seconds,
       **metrics,
       engines=engines.facts(times),
+      paired=paired(found.logits, base.logits, labels),
       agreement=compared['agreement'],
       sqnr_db=compared['sqnr_db'],
       **findings.collapse(metrics | compared, base.logits, labels, sites),

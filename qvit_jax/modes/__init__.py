@@ -9,6 +9,9 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+# Sections that one mode alone reads.
+_OF_ONE = {'compare': 'compare'}
+
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
@@ -51,7 +54,10 @@ class Mode:
     """Returns whether a field has no effect in this mode."""
     if name in self.counts:
       return False
-    return name in self.ignores or name.partition('.')[0] in self.ignores
+    section = name.partition('.')[0]
+    if section in _OF_ONE:
+      return self.name != _OF_ONE[section]
+    return name in self.ignores or section in self.ignores
 
 
 # Fields of `quant` that count in training alone.
@@ -156,6 +162,15 @@ _TABLE = (
              'eval.num_examples', *_TRAINING, *_AUGMENTED, *_BENCHMARK),
     takes_packed=True,
     takes_engine=True,
+    processes='one',
+  ),
+  Mode(
+    'compare',
+    'put several runs or files side by side on one page (compare.runs)',
+    'compare:compare',
+    ignores=('model', 'quant', 'lora', 'weights', 'data', 'optim', 'train',
+             'eval', 'checkpoint', 'mesh', 'log', 'seed', 'export', 'ptq'),
+    takes_bits=False,
     processes='one',
   ),
   Mode(

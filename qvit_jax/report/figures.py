@@ -376,6 +376,29 @@ def confusion_pixels(
   return np.asarray(canvas.buffer_rgba())[None, :, :, :3].copy()
 
 
+def training_curves(runs: Sequence[dict[str, Any]]) -> Figure:
+  """Returns loss and top-1 of evaluations by updates.
+
+  Args:
+    runs: {'run', 'steps', 'loss', 'top1'} of each.
+  """
+  figure = Figure((9, 3.6), layout='constrained')
+  panes = figure.subplots(1, 2)
+  for axes, key, factor, label in (
+    (panes[0], 'loss', 1, 'loss'), (panes[1], 'top1', 100, 'top-1 (%)'),
+  ):  # fmt: skip
+    for number, one in enumerate(runs):
+      axes.plot(
+          one['steps'], [factor * y for y in one[key]],
+          color=PALETTE[number % len(PALETTE)], marker='o', markersize=3,
+          linestyle=_DASHES[number // len(PALETTE) % len(_DASHES)],
+          label=one['run'],
+      )  # fmt: skip
+    axes.set(xlabel='updates', ylabel=label)
+  _legend(figure, 'outside lower center')
+  return figure
+
+
 def _legend(figure: Figure, place: str) -> None:
   """Names every line of all panels once."""
   found = {

@@ -43,7 +43,7 @@ def write(place: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
       path.unlink(missing_ok=True)
       continue
     svg, image = figures.render(figure, *data)
-    drawn[name] = _inline(svg, name)
+    drawn[name] = inline(svg, name)
     _write_bytes(path, image)
   path = place / 'report.html'
   files.write_text(path, _html(results, drawn))
@@ -61,7 +61,7 @@ def _write_bytes(path: pathlib.Path, content: bytes) -> None:
     raise
 
 
-def _inline(svg: str, name: str) -> str:
+def inline(svg: str, name: str) -> str:
   """Returns an SVG file as an element of an HTML page.
 
   Its ids start with `name`, so that those of several figures differ, and

@@ -11,12 +11,12 @@ import jax
 # Every row has every key; what was not measured is null.
 _KEYS = (
     'name', 'split', 'data', 'method', 'weight_bits', 'act_bits', 'loss',
-    'top1', 'top5', 'f1_macro', 'num_examples', 'size_bytes', 'compression',
-    'bops', 'macs', 'latency_ms', 'images_per_second', 'speedup',
+    'top1', 'top1_interval', 'top5', 'f1_macro', 'num_examples', 'size_bytes',
+    'compression', 'bops', 'macs', 'latency_ms', 'images_per_second', 'speedup',
     'peak_memory_bytes', 'execution', 'why', 'per_class_top1', 'confusion',
     'agreement', 'sqnr_db', 'artifact_bytes', 'seconds', 'speedup_bf16',
     'collapsed', 'suspects', 'classes_predicted', 'sites',
-    'engine', 'engines',
+    'engine', 'engines', 'paired',
 )  # fmt: skip
 # What the numbers of a row are of.
 OF = ('split', 'data', 'num_examples')

@@ -1,11 +1,14 @@
 """Metrics beside scikit-learn's."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 
+from qvit_jax.evaluation import metrics
 from qvit_jax.evaluation.metrics import EvalSums, summarize
 
 CLASSES = 12
@@ -215,3 +218,26 @@ def test_metrics_are_plain_values():
     while isinstance(value, list):
       value = value[0]
     assert type(value) in (float, int, type(None)), name
+
+
+@pytest.mark.parametrize(('right', 'total'), [(0, 10), (3, 10), (1462, 2000)])
+def test_intervals_are_those_of_wilson(right, total):
+  z, p = 1.959963984540054, right / total
+  middle = (p + z**2 / (2 * total)) / (1 + z**2 / total)
+  half = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+  half /= 1 + z**2 / total
+  low, high = metrics.interval(right, total)
+  assert low == pytest.approx(max(0, middle - half), abs=1e-9)
+  assert high == pytest.approx(middle + half)
+
+
+def test_a_paired_test_counts_what_changed_alone():
+  labels = np.zeros(40, int)
+  right, wrong = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+  base = np.stack([right] * 20 + [wrong] * 20)
+  row = base.copy()
+  row[:9], row[20:21] = wrong, right  # nine lost, one gained
+  found = metrics.paired(row, base, labels)
+  # Both tails of ten coins that show one head or none.
+  assert found == {'gained': 1, 'lost': 9, 'p': pytest.approx(2 * 11 / 2**10)}
+  assert metrics.paired(base, base, labels) == {'gained': 0, 'lost': 0, 'p': 1}

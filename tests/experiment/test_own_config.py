@@ -184,3 +184,52 @@ def test_a_run_of_a_newer_version_is_one_line(made):
   stored = resolve.to_json(config_of()) | {'future': {'field': 1}}
   with pytest.raises(resolve.ConfigError, match='future.field, which this one'):
     own_config.page_of(stored, 'runs/new')
+
+
+def test_runs_are_compared_on_one_page(made, call_main, tmp_path):
+  paths = (
+    made / 'float', made / 'aqt', packed_of(made),
+    made / 'lora' / 'adapters' / 'adapter.safetensors',
+  )  # fmt: skip
+  runs = ', '.join(f"'{path}'" for path in paths)
+  done = call_main(
+    '--mode=compare', f'--workdir={tmp_path}', f'--config.compare.runs=({runs})'
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'compare.json').read_text())
+  assert [row['run'] for row in found['rows']] == list(map(str, paths))
+  first, *others = found['rows']
+  assert first['paired'] is None
+  assert first['top1'] == baseline(made / 'float')['top1']
+  assert first['loss'] == pytest.approx(baseline(made / 'float')['loss'])
+  for row in others:
+    moved = row['paired']['gained'] - row['paired']['lost']
+    assert moved / 50 == pytest.approx(row['top1'] - first['top1'])
+    low, high = row['top1_interval']
+    assert low <= row['top1'] <= high
+    assert row['latency_ms']['median'] > 0
+  differing = {one['field']: one['values'] for one in found['differences']}
+  assert differing['quant.recipe'] == ['none', 'aqt', 'ptq', 'none']
+  assert 'model.width' not in differing
+  assert [curve['run'] for curve in found['curves']] == [
+    str(made / 'float'), str(made / 'aqt')
+  ]  # fmt: skip
+  page = (tmp_path / 'compare.html').read_text()
+  for row in found['rows']:
+    assert f'<th>{row["run"]}</th>' in page
+    assert f'{100 * row["top1"]:.2f}' in page
+  assert '<svg' in page
+  assert '<script' not in page
+  assert 'http' not in page.replace('http-equiv', '')
+  for bad in ('()', f"('{made}/aqt',)", f"('{made}/aqt', '{made}/aqt')"):
+    done = call_main(
+      '--mode=compare', f'--workdir={tmp_path}', f'--config.compare.runs={bad}'
+    )
+    assert done.returncode == 2
+    assert 'two different runs or more' in done.stderr
+  done = call_main(
+    '--mode=compare', f'--workdir={tmp_path}',
+    f"--config.compare.runs=('{made}/aqt', '{made}/none')",
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1
