@@ -32,6 +32,7 @@ setuptools.setup(
   extras_require={
     'onnx': lines('requirements-onnx.txt'),
     'openvino': lines('requirements-openvino.txt'),
+    'wandb': lines('requirements-wandb.txt'),
     'cuda13': [
       line.replace('jax', 'jax[cuda13]', 1)
       for line in lines('requirements.txt')

@@ -389,6 +389,10 @@ log
     Event files through CLU (needs TensorFlow).
   log.histograms = True
     Of the weights, at each evaluation.
+  log.tracker = ''
+    'wandb': scalars, confusion matrix and config go to Weights & Biases too
+    (needs requirements-wandb.txt; WANDB_MODE=offline keeps them here); a
+    resumed run goes on there; '' = none.
 
 ptq
   ptq.rows = ('fp32', 'bf16', 'fp16', 'int8_dynamic', 'int8_static',

@@ -46,6 +46,7 @@ OWNERS = {
   'onnx': 'export/onnx_file.py',
   'onnxruntime': 'export/engines.py',
   'openvino': 'export/engines.py',
+  'wandb': 'training/writers.py',
 }
 
 

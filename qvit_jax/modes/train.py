@@ -84,7 +84,7 @@ def _train(experiment, place, checkpoints, state, progress) -> loop.Progress:
   done = int(state.step)
   if jax.process_index() == 0:
     writers, where = open_writers(
-      place, tensorboard=config.log.tensorboard, resume_step=done
+      place, config_lib.to_json(config), resume_step=done
     )
     say(f'metrics   {where}')
     writers.write_texts(

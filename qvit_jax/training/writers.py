@@ -66,6 +66,69 @@ class JsonlWriter:
     self._file.close()
 
 
+class WandbWriter:
+  """Hands on to Weights & Biases, with the interface of CLU's MetricWriter."""
+
+  def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+    """Starts its run, or goes on with that of the workdir.
+
+    Args:
+      workdir: Of the run; its files lie in `wandb` there.
+      config: The resolved config, as JSON.
+
+    Raises:
+      ConfigError: The package is not installed, or does not start.
+    """
+    try:
+      import wandb
+    except ImportError as error:
+      raise ConfigError(
+        "log.tracker='wandb' needs the package wandb, which is not installed; "
+        'run pip install -r requirements-wandb.txt, or leave log.tracker out'
+      ) from error
+    self._wandb, path = wandb, workdir / 'wandb.json'
+    if path.is_file():
+      name = json.loads(path.read_text(encoding='utf-8'))['id']
+    else:
+      name = wandb.util.generate_id()
+      path.write_text(json.dumps({'id': name}) + '\n', encoding='utf-8')
+    try:
+      self._run = wandb.init(
+        project='qvit_jax', name=workdir.name, id=name, resume='allow',
+        dir=str(workdir), config=dict(config),
+        settings=wandb.Settings(silent=True),
+      )  # fmt: skip
+    except (wandb.Error, OSError) as error:
+      raise ConfigError(
+        f'wandb does not start ({" ".join(str(error).split())[:200]}); log in '
+        'with `wandb login`, set WANDB_MODE=offline, or leave log.tracker out'
+      ) from error
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Logs numbers under their names, 'split/name'."""
+    self._run.log(dict(scalars), step=step)
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    """Logs images, uint8 [1, h, w, 3]."""
+    found = {name: self._wandb.Image(x[0]) for name, x in images.items()}
+    self._run.log(found, step=step)
+
+  def write_histograms(
+    self, step: int, arrays: Mapping[str, Any], num_buckets: Any = None
+  ) -> None:
+    """Does nothing: histograms go to TensorBoard."""
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Does nothing: the config is handed over at the start."""
+
+  def flush(self) -> None:
+    """Does nothing: a process of its own writes."""
+
+  def close(self) -> None:
+    """Ends the run there until it is resumed."""
+    self._run.finish()
+
+
 class Writers:
   """All writers of a run as one."""
 
@@ -102,20 +165,36 @@ def _raise_if_from_tensorflow(error: Exception) -> None:
 
 
 def open_writers(
-  workdir: pathlib.Path, *, tensorboard: bool, resume_step: int
+  workdir: pathlib.Path, config: Mapping[str, Any], *, resume_step: int
 ) -> tuple[Writers, str]:
-  """Returns the writers of a run and one line that says where they write."""
-  writers: list[Any] = [
-    JsonlWriter(workdir / 'metrics.jsonl', resume_step=resume_step)
-  ]
-  if not tensorboard:
-    return Writers(writers), 'metrics.jsonl (log.tensorboard is off)'
+  """Returns the writers of a run and one line that says where they write.
+
+  Args:
+    workdir: Of the run.
+    config: Resolved, as JSON; its section `log` says which.
+    resume_step: Updates done.
+
+  Raises:
+    ConfigError: A tracker is not there.
+  """
+  log, writers = config['log'], []
+  if log['tracker'] == 'wandb':
+    writers.append(WandbWriter(workdir, config))
+  more = ', wandb' if writers else ''
+  writers.insert(
+    0, JsonlWriter(workdir / 'metrics.jsonl', resume_step=resume_step)
+  )
+  if not log['tensorboard']:
+    return Writers(writers, takes_images=bool(more)), (
+      f'metrics.jsonl{more} (log.tensorboard is off)'
+    )
   try:
     import tensorflow as tf
     from clu.metric_writers import summary_writer
   except ImportError as error:
-    return Writers(writers), (
-      f'metrics.jsonl; no TensorBoard events, {error.name} is not installed'
+    return Writers(writers, takes_images=bool(more)), (
+      f'metrics.jsonl{more}; no TensorBoard events, {error.name} is not '
+      'installed'
     )
   tf.config.set_visible_devices([], 'GPU')  # or TensorFlow takes its memory
   try:
@@ -124,4 +203,5 @@ def open_writers(
     _raise_if_from_tensorflow(error)
     raise
   writers.append(events)
-  return Writers(writers, takes_images=True), 'metrics.jsonl, tensorboard/'
+  where = f'metrics.jsonl, tensorboard/{more}'
+  return Writers(writers, takes_images=True), where

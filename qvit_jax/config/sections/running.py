@@ -124,4 +124,10 @@ FIELDS = (
     'Of the weights, at each evaluation.',
     needs=(WRITES_EVENTS,),
   ),
+  Field(
+    'log.tracker', '', one_of('', 'wandb'),
+    "'wandb': scalars, confusion matrix and config go to Weights & Biases too "
+    '(needs requirements-wandb.txt; WANDB_MODE=offline keeps them here); a '
+    "resumed run goes on there; '' = none.",
+  ),
 )  # fmt: skip
