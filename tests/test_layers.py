@@ -31,6 +31,7 @@ HIDDEN = {
 LATE = {
   ('data/__init__.py', 'qvit_jax.data.tfds_source'),
   ('__init__.py', 'qvit_jax.api'),
+  ('api/cli.py', 'qvit_jax.'),
 }
 # Heavy or dying packages and the one file that knows them.
 OWNERS = {
@@ -42,7 +43,7 @@ OWNERS = {
   'huggingface_hub': 'weights/hub.py',
   'safetensors': 'store/tensors.py',
   'matplotlib': 'report/figures.py',
-  'jinja2': 'report/page.py',
+  'jinja2': 'report/html.py',
   'onnx': 'export/onnx_file.py',
   'onnxruntime': 'export/engines.py',
   'openvino': 'export/engines.py',

@@ -4,9 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-import jinja2
-
-from qvit_jax.report import figures, page
+from qvit_jax.report import figures, html, page
 from qvit_jax.store import files
 
 
@@ -17,18 +15,12 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
     path: Of the file.
     result: The content of compare.json. Nothing is measured here.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-  )  # fmt: skip
-  environment.filters['text'] = _text
   curves = ''
   if result['curves']:
     svg, _ = figures.render(figures.training_curves, result['curves'])
     curves = page.inline(svg, 'curves')
-  content = environment.get_template('compare.html.jinja').render(
-    **result | {'curves': curves}
+  content = html.render(
+    'compare.html.jinja', {'text': _text}, **result | {'curves': curves}
   )
   files.write_text(path, content)
   return path

@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jinja2
-
-from qvit_jax.report import curves, figures
+from qvit_jax.report import curves, figures, html
 from qvit_jax.store import files
 
 _NONE = '-'  # what was not measured
@@ -79,13 +77,9 @@ def inline(svg: str, name: str) -> str:
 
 
 def _html(results: dict[str, Any], drawn: dict[str, str]) -> str:
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    undefined=jinja2.ChainableUndefined,  # a key that a row lacks is a dash
-  )  # fmt: skip
-  environment.filters |= {'fixed': _fixed, 'bits': _bits, 'phrase': _phrase}
-  return environment.get_template('page.html.jinja').render(
+  return html.render(
+    'page.html.jinja',
+    {'fixed': _fixed, 'bits': _bits, 'phrase': _phrase},
     results=results,
     ptq=ptq_rows(results),
     rows=all_rows(results),
@@ -128,8 +122,7 @@ def _phrase(value: Any) -> str:
     return ', '.join(pairs) or _NONE
   if isinstance(value, list):
     return ', '.join(map(_phrase, value)) or _NONE
-  is_missing = value is None or isinstance(value, jinja2.Undefined)
-  return _NONE if is_missing or value == '' else str(value)
+  return _NONE if html.is_missing(value) or value == '' else str(value)
 
 
 def _tables(results: dict[str, Any]) -> list[tuple[str, list, list]]:

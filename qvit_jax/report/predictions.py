@@ -13,9 +13,9 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
-import jinja2
 from PIL import Image
 
+from qvit_jax.report import html
 from qvit_jax.store import files
 
 MOST = 200  # images of a page; as many mistakes
@@ -71,14 +71,10 @@ class Gallery:
       path: Of the file.
       title: Which model answered.
     """
-    environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     wrong = [answer for *_, answer in sorted(self._wrong, reverse=True)]
-    content = environment.get_template('predictions.html.jinja').render(
-      title=title, count=self.count, labelled=self.labelled, right=self.right,
+    content = html.render(
+      'predictions.html.jinja', title=title, count=self.count,
+      labelled=self.labelled, right=self.right,
       pairs=self._pairs.most_common(_PAIRS), all_pairs=len(self._pairs),
       mistakes=sum(self._pairs.values()), wrong=map(self._card, wrong),
       shown=len(wrong), first=map(self._card, self._first),

@@ -102,7 +102,7 @@ def test_the_card_of_a_table_has_its_rows(made):
 
 
 def test_a_folder_for_transformers_says_how_images_are_prepared(made):
-  folder = export(made / 'none', 'none', layout='hf_vit')
+  folder = export(made / 'none', 'none', layout='hf')
   names = {path.name for path in folder.iterdir()}
   assert names == {'README.md', 'config.json', 'model.safetensors',
                    'parity.json', 'preprocessor_config.json'}  # fmt: skip
