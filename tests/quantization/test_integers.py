@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qvit_jax import models
+from qvit_jax.arithmetic import host
 from qvit_jax.arithmetic.integers import Whole, int8_dot, integer_dot
 from qvit_jax.experiment.model import Model
 from tests.quantization.test_convolutions import WINDOWS, slow_convolution
@@ -123,7 +124,12 @@ def check_program(config, packed, *, depthwise=0):
   assert dots(text) == [['i8', 'i8', 'i32']] * products
   assert 'bf16' not in text
   assert 'stablehlo.convolution' not in text
-  assert 'bf16' in lowered(config, packed, 'cpu')  # what is fast there
+  # Where the CPU multiplies it; XLA would widen it elsewhere.
+  for has_bf16 in (True, False):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(host, 'has', lambda *_, found=has_bf16: found)
+      jax.clear_caches()  # the same program was traced before
+      assert ('bf16' in lowered(config, packed, 'cpu')) == has_bf16
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_only_some_modes_read_a_packed_model(mode, tmp_path):
   config = small_config()
   config.quant.recipe = 'ptq'
   recipe = 'none'
-  if mode not in ('ptq', 'sensitivity'):
+  if mode not in ('ptq', 'sensitivity', 'compare'):
     recipe = 'none, aqt, lsq, statsq or qvit'
   fails(ConfigError, mode, config, tmp_path,
         'only --mode=eval, predict, export and benchmark read',

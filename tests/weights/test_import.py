@@ -176,7 +176,7 @@ def test_an_export_leaves_nothing_of_the_one_before(config, tmp_path):
   with pytest.raises(WeightsError, match='missing'):
     modes.run('export', config, str(tmp_path))
   names = {path.name for path in folder.iterdir()}
-  assert names == {'model.npz', 'parity.json', 'notes.txt'}
+  assert names == {'README.md', 'model.npz', 'parity.json', 'notes.txt'}
 
 
 def test_nothing_to_export_is_said(config, tmp_path):
