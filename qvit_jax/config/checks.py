@@ -13,7 +13,8 @@ def check(config: Any, context: Any) -> None:
     context: A `resolve.Context`.
   """
   mode, method = context.mode, context.methods[config.quant.recipe]
-  if mode.trains and not config.train.steps and config.train.epochs <= 0:
+  trains = mode.trains and not method.is_packed  # which is timed alone
+  if trains and not config.train.steps and config.train.epochs <= 0:
     raise ConfigError(
       'train.steps=0 and train.epochs=0 train nothing; set one of them to a '
       'positive number'
