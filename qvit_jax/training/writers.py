@@ -7,6 +7,7 @@ TensorBoard files are asked for.
 
 import json
 import pathlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ class WandbWriter:
     if path.is_file():
       name = json.loads(path.read_text(encoding='utf-8'))['id']
     else:
-      name = wandb.util.generate_id()
+      name = secrets.token_hex(4)
       path.write_text(json.dumps({'id': name}) + '\n', encoding='utf-8')
     try:
       self._run = wandb.init(
