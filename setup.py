@@ -23,7 +23,10 @@ def lines(name: str) -> list[str]:
 
 setuptools.setup(
   packages=[
-    *setuptools.find_packages(include=['qvit_jax', 'qvit_jax.*']),
+    # Some folders have no __init__.py.
+    *setuptools.find_namespace_packages(
+      include=['qvit_jax', 'qvit_jax.*'], exclude=['*.__pycache__']
+    ),
     'qvit_jax.configs',
   ],
   package_dir={'qvit_jax': 'qvit_jax', 'qvit_jax.configs': 'configs'},
