@@ -301,8 +301,8 @@ def _is_weights(path: str) -> bool:
 def _of_weights(path: str, given: dict[str, Any]) -> tuple[Any, list[str]]:
   """Returns the config of weights of others, and lines of what is assumed."""
   fields = {
-    'model.name': 'vit', 'model.size': auto.SIZE, 'weights.path': path,
-    'model.dtype': 'float32',
+    'model.name': next(n for n, one in models.FAMILIES.items() if one.tells),
+    'model.size': auto.SIZE, 'weights.path': path, 'model.dtype': 'float32',
   } | given  # fmt: skip
   page = config_lib.with_fields(config_lib.defaults(), fields)
   config, told = auto.filled(

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from qvit_jax import models
 from qvit_jax.config import resolve
 from qvit_jax.errors import ConfigError
 from qvit_jax.experiment import auto, sources
@@ -53,7 +54,7 @@ def find(mode: str, workdir: str, path: str, pages: str) -> Own:
     CheckpointError, WeightsError: It is damaged.
   """
   if mode == 'compare':  # each of its runs brings its own
-    fields = {'model.name': 'vit'}
+    fields = {'model.name': next(iter(models.FAMILIES))}
     page = resolve.with_fields(resolve.defaults(), fields)
     return Own(_unfrozen(page), [], {})
   place = pathlib.Path(resolve.expand(workdir)) if workdir else None
@@ -95,7 +96,7 @@ def of_path(path: str) -> Own:
   lines = [f'that of {run.origin}']
   if run.config is None:  # a packed model of an earlier version
     fields = {
-      'model.name': run.architecture.get('name', 'vit'),
+      'model.name': run.architecture['name'],
       'model.size': auto.SIZE,
       'quant.recipe': 'ptq',
     }
