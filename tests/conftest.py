@@ -147,6 +147,14 @@ def run_main(*flags, env=None, timeout=600):
   )
 
 
+def run_python(code):
+  """Returns what a fresh interpreter prints that runs code in the checkout."""
+  return subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+    check=True,
+  ).stdout  # fmt: skip
+
+
 def start_two(*flags, own=((), ())):
   """Starts main.py as a run of two processes; `own` has flags of each."""
   with socket.socket() as probe:

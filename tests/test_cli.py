@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qvit_jax.store import files
-from tests.conftest import EIGHT_DEVICES, ROOT, TINY, run_main
+from tests.conftest import EIGHT_DEVICES, ROOT, TINY, run_main, run_python
 
 DIGITS = '--config=configs/vit_ti_digits_w4a4.py'
 HEADLINE = '--config=configs/vit_l_cifar100_w4a4.py'
@@ -63,13 +63,10 @@ def test_help_lists_modes_and_loads_no_jax():
     "assert cli.main(['main.py', '--help']) == 0; "
     "print(sorted({'jax', 'numpy', 'tensorflow'} & set(sys.modules)))"
   )
-  done = subprocess.run(
-    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
-    check=True,
-  )  # fmt: skip
-  assert done.stdout.strip().endswith('[]')
+  printed = run_python(code)
+  assert printed.strip().endswith('[]')
   for mode in ('train', 'eval', 'sites', 'benchmark'):
-    assert f'  {mode} ' in done.stdout
+    assert f'  {mode} ' in printed
 
 
 @pytest.mark.parametrize(

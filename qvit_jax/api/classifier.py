@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from qvit_jax import models
 from qvit_jax.config import resolve as config_lib
 from qvit_jax.data import Data, batches, decode, preprocess
-from qvit_jax.errors import DataError, ExportError, QuantError
+from qvit_jax.errors import ConfigError, DataError, ExportError, QuantError
 from qvit_jax.evaluation import fixed
 from qvit_jax.experiment import (
   auto,
@@ -260,9 +260,7 @@ def load(
   Raises:
     QvitError: There is no model, or it is damaged.
   """
-  path, given = str(config_lib.expand(str(path))), dict(fields or {})
-  for name in given:
-    config_lib.check_name(name)
+  path, given = str(config_lib.expand(str(path))), _known(fields)
   kind = runs.kind_of(path)
   if not kind and not _is_weights(path):
     raise DataError(
@@ -271,22 +269,39 @@ def load(
     )
   if kind:
     config, place, lines = own_config.loaded(path)
-    return _opened(config_lib.with_fields(config, given), place, lines)
+    config = config_lib.with_fields(config, given)
+    return _opened(config, place, lines, given)
   with tempfile.TemporaryDirectory() as place:  # for a report of the weights
     config, lines = _of_weights(path, given)
-    return _opened(config, pathlib.Path(place), lines)
+    return _opened(config, pathlib.Path(place), lines, given)
 
 
-def _opened(config: Any, place: pathlib.Path, lines: list[str]) -> Classifier:
+def _known(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Returns fields that somebody gave; raises ConfigError for unknown ones."""
+  given = dict(fields or {})
+  for name in given:
+    config_lib.check_name(name)
+  return given
+
+
+def _opened(
+  config: Any, place: pathlib.Path, lines: list[str], given: dict[str, Any]
+) -> Classifier:
   """Returns the classifier of a page.
 
   Args:
     config: The page.
     place: The workdir.
     lines: What is known of it beside what its arrays tell.
+    given: Fields that somebody asked for; those without effect are refused.
   """
   context = runner.context_of(MODES['predict'], config)
-  config, _ = config_lib.resolve(config, context)
+  for name in given:
+    if context.mode.ignores_field(name):
+      raise ConfigError(
+        f'{name} has no effect on what a model answers; leave it out'
+      )
+  config, _ = config_lib.resolve(config, context, overrides=given)
   packed = sources.open_packed(config)
   names, _ = sources.class_names(config, place)
   experiment = _experiment(config, names, packed=packed)
@@ -352,15 +367,17 @@ def quantize(
     images: What it is calibrated on: as for a call; labels are not needed.
     row: Of `ptq.rows`, with solvers or without, as 'int8_static' or
       'w4a4+gptq'.
-    fields: {'ptq.FIELD': value} of what the row reads.
+    fields: {'section.field': value}, as 'ptq.range' or 'quant.rules'. What
+      the table would print as a note is a warning, and stands in `summary`.
 
   Raises:
     QuantError: It is quantized already, or there is no image.
-    ConfigError: There is no such row.
+    ConfigError: There is no such row, or a field that it does not read.
     DataError: They are no images.
   """
   model = classifier._model
-  if model.packed or model.method.quantizes or model.frozen:
+  is_float = model.plan.is_float and not model.frozen
+  if not is_float:
     what = 'holds adapters' if model.frozen else f'is quantized ({model.bits})'
     raise QuantError(
       f'the classifier {what} already; quantize a float one: the run or the '
@@ -376,20 +393,24 @@ def quantize(
     'ptq.engines': (),
   }  # fmt: skip
   config = config_lib.with_fields(
-    folded(classifier.config), given | dict(fields or {})
+    folded(classifier.config), given | {'quant.recipe': 'none'} | _known(fields)
   )
+  config_lib.check_fields(config, runner.context_of(MODES['ptq'], config))
   params = statistics.folded_params(classifier.config, classifier._variables)
   split = batches.ResidentSplit(pixels, np.zeros(len(pixels), np.int32))
   experiment = _experiment(config, classifier.class_names, train=split)
+  said: list[str] = []
   with tempfile.TemporaryDirectory() as place:
-    table = ptq_table.Table(
-      experiment, params, pathlib.Path(place), lambda line: None
-    )
+    folder = pathlib.Path(place)
+    table = ptq_table.Table(experiment, params, folder, said.append)
     packed = table.pack(row)
+  notes = [line for line in said if line.startswith(('note:', 'rule'))]
+  for line in notes:
+    warnings.warn(line, stacklevel=2)
   config = config_lib.with_fields(config, {'quant.recipe': _packed_recipe()})
   made = _experiment(config, classifier.class_names, packed=packed)
   line = f'{row}, calibrated on {len(pixels)} images'
-  return Classifier(made, packed.variables, [*classifier.origin, line])
+  return Classifier(made, packed.variables, [*classifier.origin, line, *notes])
 
 
 def _packed_recipe() -> str:

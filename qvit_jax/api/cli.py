@@ -106,11 +106,9 @@ def _own_page(argv: list[str]):
     _given(argv, 'config.checkpoint.path') or '',
     _pages(),
   )
-  names = '|'.join(map(re.escape, own.flags))
-  kept = [a for a in argv if not names or not re.match(
-    f'--?config\\.({names})=', a)]  # fmt: skip
+  # Of flags that are given twice the last one counts.
   added = [f'--config.{name}={value}' for name, value in own.flags.items()]
-  return own.page, own.lines, [*kept, *added]
+  return own.page, own.lines, [*argv, *added]
 
 
 def _program() -> str:

@@ -38,6 +38,7 @@ def write_export(
   *,
   library: str = 'qvit_jax',
   code: Sequence[str] = _OURS,
+  is_float: bool = False,
 ) -> None:
   """Writes the card beside an export.
 
@@ -49,6 +50,8 @@ def write_export(
     parity: As in parity.json.
     library: That opens it, where the suffix does not say so.
     code: Lines of Python that do.
+    is_float: Whether the file has the float parameters alone of a model that
+      was trained and evaluated with rounding.
   """
   library, code = _PROGRAMS.get(target.suffix, (library, code))
   source = sources.find(config, place)
@@ -60,12 +63,16 @@ def write_export(
     origin, names = [f'{run.origin}.'], run.class_names
     stored = run.config or stored
     rows, environment = _measured(run)
+  bits, sites = model.bits, _sites(model)
+  if is_float:
+    bits = f'the float parameters of a model that was trained with {bits}'
+    sites, rows, environment = [], [], {}
   _write(
     target.parent,
     card.Card(
       title=model.title, library=library,
       code=[line.replace('{file}', target.name) for line in code],
-      bits=model.bits, sites=_sites(model), origin=origin, config=stored,
+      bits=bits, sites=sites, origin=origin, config=stored,
       class_names=names, files=_files(target.parent), rows=rows,
       environment=environment, parity=parity,
     ),

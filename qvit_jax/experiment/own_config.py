@@ -60,11 +60,12 @@ def find(mode: str, workdir: str, path: str, pages: str) -> Own:
   place = pathlib.Path(resolve.expand(workdir)) if workdir else None
   if path and mode != 'train':
     return of_path(resolve.expand(path))
-  if place is not None and (stored := _of_workdir(place)):
-    page = page_of(stored, str(place))
-    if mode != 'train' and runs.has_steps(place):
-      page = _without_start(page)
+  if place is not None and mode != 'train' and runs.has_steps(place):
+    stored = runs.open_run(place).config
+    page = _without_start(page_of(stored, str(place)))
     return Own(page, [f'that of {place}'], {})
+  if place is not None and (stored := _last(place)):
+    return Own(page_of(stored, str(place)), [f'that of {place}'], {})
   what = f'--workdir={workdir} holds no run' if workdir else 'no workdir'
   other = '' if mode == 'train' else (
     'give the workdir of a run, or --config.checkpoint.path=, or '
@@ -75,13 +76,16 @@ def find(mode: str, workdir: str, path: str, pages: str) -> Own:
   )
 
 
-def _of_workdir(place: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the stored config of a workdir's run; None where there is none."""
-  if runs.has_steps(place):
-    return runs.open_run(place).config
+def _last(place: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the config of the training that was started last in a workdir.
+
+  The best checkpoint may be of an earlier one. None where there is none.
+  """
   found = files.read_json(
     place / 'config.json', 'config of a run', advice='delete it, or ' + _MORE
   )
+  if found is None and runs.has_steps(place):
+    return runs.open_run(place).config
   return found and resolve.upgraded(found)
 
 

@@ -64,7 +64,7 @@ def write_weights(
     config, target, model,
     {'layout': layout, 'tensors': len(tensors), 'reads_back_equal': same,
      'largest_difference': largest},
-    beside, **library,
+    beside, is_float=model.method.quantizes, **library,
   )  # fmt: skip
   read = 'bit for bit' if same else f'within {largest:.2g}'
   say(

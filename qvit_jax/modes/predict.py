@@ -94,7 +94,12 @@ def _name(experiment: Experiment, index: int) -> str:
 
 
 def write(
-  place: pathlib.Path, found: Iterator[dict[str, Any]], data: Data, title: str
+  place: pathlib.Path,
+  found: Iterator[dict[str, Any]],
+  data: Data,
+  title: str,
+  *,
+  max_pixels: int,
 ) -> int:
   """Writes predictions.jsonl as answers come, and a page; returns their number.
 
@@ -103,8 +108,11 @@ def write(
     found: Of `answers`.
     data: Of `open_images`.
     title: Which model answers.
+    max_pixels: `data.max_pixels`.
   """
-  gallery = Gallery(data.eval.records.root, data.class_names)
+  gallery = Gallery(
+    data.eval.records.root, data.class_names, max_pixels=max_pixels
+  )
   shown = rich.progress.track(
       found, 'predict', total=data.eval.size, disable=not sys.stdout.isatty()
   )  # fmt: skip
@@ -135,7 +143,8 @@ def predict(config: Any, workdir: str) -> None:
         say(f'engine    {line}')
     found = answers(experiment, variables, engine)
     title = f'{experiment.model.title}; {experiment.model.bits}; {origin[0]}'
-    count = write(place, found, data, title)
+    most = config.data.max_pixels
+    count = write(place, found, data, title, max_pixels=most)
     session.say_bad_files(experiment)
     say(
       f'{count:,} images; results in {place / "predictions.jsonl"}, to look at '

@@ -117,8 +117,8 @@ def _numbers(card: Card) -> str:
   """Returns the table of what was measured, and of what."""
   if not card.rows:
     return (
-      '## Accuracy\n\nNobody has evaluated it where it was made; run '
-      '`--mode=eval`.'
+      '## Accuracy\n\nNo numbers of just this model lie where it was made; '
+      '`--mode=eval` measures them.'
     )
   first, machine = card.rows[0], card.environment
   lines = [

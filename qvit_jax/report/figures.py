@@ -1,4 +1,4 @@
-"""Draws the figures of a PTQ report from numbers already chosen."""
+"""Draws figures of reports from numbers already chosen."""
 
 import io
 import itertools

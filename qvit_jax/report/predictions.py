@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from qvit_jax.data import decode
 from qvit_jax.report import html
 from qvit_jax.store import files
 
@@ -27,14 +28,18 @@ _BARS = 3  # classes of an image
 class Gallery:
   """What the page shows of a stream of answers; it holds no image."""
 
-  def __init__(self, root: str, class_names: Collection[str]):
+  def __init__(
+    self, root: str, class_names: Collection[str], *, max_pixels: int
+  ):
     """Starts it.
 
     Args:
       root: The folder that names of files count from.
       class_names: Folders of these names are labels.
+      max_pixels: `data.max_pixels`.
     """
     self._root, self._classes = root, frozenset(class_names)
+    self._max_pixels = max_pixels
     self._first: list[dict[str, Any]] = []
     self._wrong: list[tuple[float, int, dict[str, Any]]] = []
     self._pairs: collections.Counter = collections.Counter()
@@ -87,22 +92,21 @@ class Gallery:
       {'name': one['name'], 'percent': 100 * one['probability']}
       for one in answer['classes'][:_BARS]
     ]
-    picture = _thumbnail(os.path.join(self._root, answer['file']))
+    picture = self._thumbnail(os.path.join(self._root, answer['file']))
     return {
       'file': answer['file'], 'label': answer['label'], 'bars': bars,
       'picture': picture,
     }  # fmt: skip
 
-
-def _thumbnail(path: str) -> str:
-  """Returns a small JPEG as text; '' where the file has gone meanwhile."""
-  try:
-    with Image.open(path) as image:
-      image.draft('RGB', (_THUMBNAIL, _THUMBNAIL))
-      small = image.convert('RGB')
-      small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-      content = io.BytesIO()
-      small.save(content, 'JPEG', quality=80)
-  except OSError:
-    return ''
-  return base64.b64encode(content.getvalue()).decode()
+  def _thumbnail(self, path: str) -> str:
+    """Returns a small JPEG as text; '' where the file has gone meanwhile."""
+    try:
+      pixels = decode.read_image(
+        path, max_pixels=self._max_pixels, size=_THUMBNAIL
+      )
+    except decode.BadImageError:
+      return ''
+    small, content = Image.fromarray(pixels), io.BytesIO()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.save(content, 'JPEG', quality=80)
+    return base64.b64encode(content.getvalue()).decode()

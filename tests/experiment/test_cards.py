@@ -126,4 +126,12 @@ def test_what_nobody_evaluated_has_no_numbers(made):
   finally:
     (made / 'none' / 'gone.json').rename(made / 'none' / 'results.json')
   assert 'model-index' not in front
-  assert 'Nobody has evaluated it' in rest
+  assert 'No numbers of just this model' in rest
+
+
+def test_float_parameters_of_a_rounded_run_have_not_its_numbers(made):
+  front, rest = parts(export(made / 'aqt', 'aqt', layout='timm'))
+  assert 'model-index' not in front
+  assert 'quantized' not in front['tags']
+  said = 'the float parameters of a model that was trained with 8 layers w8a8'
+  assert said in rest

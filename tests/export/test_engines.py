@@ -9,7 +9,7 @@ import pytest
 
 from qvit_jax.errors import ConfigError, ExportError
 from qvit_jax.export import engines
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 16)).astype('float32')
@@ -114,11 +114,7 @@ def test_the_package_loads_no_runtime_before_one_is_asked_for():
     'import sys, qvit_jax.modes.runner, qvit_jax.modes.ptq;'
     'print({"onnx", "onnxruntime", "openvino"} & set(sys.modules))'
   )
-  done = subprocess.run(
-    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
-    check=True,
-  )  # fmt: skip
-  assert done.stdout == 'set()\n'
+  assert run_python(code) == 'set()\n'
 
 
 def test_openvino_reports_to_nobody():

@@ -165,6 +165,20 @@ def test_sums_of_the_largest_codes_are_not_cut(row):
   stats = small_models.collect(config, params, images, hessians=True)
   packed = small_models.pack(config, row, params, stats)
   check_products(config, packed)
+  # What makes it so, where the CPU at hand would not need it.
+  model = onnx_model.make_model(config, packed)
+  facts = {p.key: p.value for p in model.metadata_props}
+  layers = {
+    node.input[1]
+    for node in model.graph.node
+    if node.op_type == 'MatMulIntegerToFloat'
+  }
+  kinds = {x.data_type for x in model.graph.initializer if x.name in layers}
+  if row == 'int8_static':
+    options = json.loads(facts['onnxruntime_options'])
+    assert options == {'session.x64quantprecision': '1'}
+  else:
+    assert kinds == {onnx.TensorProto.UINT8}
 
 
 def packed_cnn(config, row):
