@@ -18,7 +18,7 @@ from qvit_jax.modes import MODES, runner, session
 from qvit_jax.modes.session import say
 from qvit_jax.report import comparison
 from qvit_jax.report import rows as report
-from qvit_jax.store import files
+from qvit_jax.store import files, runs
 
 _BATCH, _ROUNDS = 16, 5  # images that are timed at once, and how often
 _KEPT = ('loss', 'top1', 'top1_interval', 'top5', 'f1_macro', 'num_examples')
@@ -117,11 +117,16 @@ def _time(opened: Sequence[_Opened], rows: list[dict[str, Any]]) -> None:
 
 
 def _differences(opened: Sequence[_Opened]) -> list[dict[str, Any]]:
-  """Returns the fields of the configs that are not the same in all."""
-  configs = [
-    config_lib.flatten(config_lib.to_json(one.experiment.config))
-    for one in opened
-  ]
+  """Returns the fields of the configs that are not the same in all.
+
+  A packed file has that of what it was made of, but for the recipe.
+  """
+  configs = []
+  for one in opened:
+    here = config_lib.flatten(config_lib.to_json(one.experiment.config))
+    stored = config_lib.flatten(runs.open_run(one.path).config or {})
+    recipe = {'quant.recipe': here['quant.recipe']}
+    configs.append(here | stored | recipe)
   return [
     {'field': name, 'values': [config[name] for config in configs]}
     for name in configs[0]

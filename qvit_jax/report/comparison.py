@@ -4,8 +4,32 @@ import json
 import pathlib
 from typing import Any
 
-from qvit_jax.report import figures, html, page
+from qvit_jax.report import columns, figures, html, page
 from qvit_jax.store import files
+
+
+def _latency(row: columns.Row) -> str:
+  median, low, high = (
+    f'{row["latency_ms"][key]:.2f}' for key in ('median', 'p10', 'p90')
+  )
+  return f'{median} ({low} to {high})'
+
+
+_COLUMNS: tuple[columns.Column, ...] = (
+  ('model', '', lambda row: row['model']),
+  ('bits', '', lambda row: row['bits']),
+  ('evaluated on', '', lambda row: (
+    f'{row["num_examples"]:,} of {row["split"]}, {row["data"]["name"]} '
+    f'({row["data"]["digest"]})'
+  )),
+  ('top-1', '%', lambda row: columns.fixed(row['top1'], 100)),
+  ('95 %', '%', columns.interval),
+  ('against the first', 'images', columns.paired),
+  ('chance of that', 'p', columns.chance),
+  ('loss', 'nats', lambda row: columns.fixed(row['loss'], digits=4)),
+  ('size', 'MB', lambda row: columns.fixed(row['size_bytes'], 1e-6)),
+  ('latency', 'ms (p10 to p90)', _latency),
+)  # fmt: skip
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
@@ -20,7 +44,9 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
     svg, _ = figures.render(figures.training_curves, result['curves'])
     curves = page.inline(svg, 'curves')
   content = html.render(
-    'compare.html.jinja', {'text': _text}, **result | {'curves': curves}
+    'compare.html.jinja', {'text': _text},
+    table=columns.table(_COLUMNS, result['rows']),
+    **result | {'curves': curves},
   )
   files.write_text(path, content)
   return path

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qvit_jax.report import curves, figures, html
+from qvit_jax.report import columns, curves, figures, html
+from qvit_jax.report.columns import fixed, number, phrase
 from qvit_jax.store import files
 
-_NONE = '-'  # what was not measured
 # More than these cannot be told apart in a figure.
 _MOST_LINES, _MOST_BARS, _MOST_CLASSES = 8, 40, 10
 # Too long for a table; the page draws them and results.json holds them.
@@ -77,12 +77,16 @@ def inline(svg: str, name: str) -> str:
 
 
 def _html(results: dict[str, Any], drawn: dict[str, str]) -> str:
+  rows = all_rows(results)
   return html.render(
     'page.html.jinja',
-    {'fixed': _fixed, 'bits': _bits, 'phrase': _phrase},
+    {'fixed': fixed, 'phrase': phrase},
     results=results,
+    accuracy=columns.table(columns.ACCURACY, rows),
+    certainty=columns.table(columns.CERTAINTY, rows),
+    cost=columns.table(columns.cost(_engines(results)), rows),
     ptq=ptq_rows(results),
-    rows=all_rows(results),
+    rows=rows,
     figures=drawn,
     curve=curves.table(results),
     curve_heads=curves.HEADS,
@@ -92,39 +96,6 @@ def _html(results: dict[str, Any], drawn: dict[str, str]) -> str:
   )
 
 
-# Numbers as text.
-
-
-def _number(value: Any) -> float | None:
-  """Returns a finite number, or None for anything else."""
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return None
-  return float(value) if math.isfinite(value) else None
-
-
-def _fixed(value: Any, factor: float = 1, digits: int = 2) -> str:
-  """Returns a number with so many decimals; a loss may also be inf."""
-  found = _number(value)
-  if found is None:
-    return str(value) if isinstance(value, float) else _NONE
-  return f'{factor * found:.{digits}f}'
-
-
-def _bits(value: Any) -> str:
-  found = _number(value)
-  return _NONE if found is None else f'{round(found, 2):g}'
-
-
-def _phrase(value: Any) -> str:
-  """Returns any JSON value as text, with floats in full precision."""
-  if isinstance(value, dict):
-    pairs = (f'{key} {_phrase(inner)}' for key, inner in value.items())
-    return ', '.join(pairs) or _NONE
-  if isinstance(value, list):
-    return ', '.join(map(_phrase, value)) or _NONE
-  return _NONE if html.is_missing(value) or value == '' else str(value)
-
-
 def _tables(results: dict[str, Any]) -> list[tuple[str, list, list]]:
   """Returns what is folded away: (title, headings, lines of text)."""
   rows = [
@@ -132,12 +103,12 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list, list]]:
     for row in all_rows(results)
   ]
   heads = list(dict.fromkeys(key for row in rows for key in row))
-  lines = [[_phrase(row.get(key)) for key in heads] for row in rows]
+  lines = [[phrase(row.get(key)) for key in heads] for row in rows]
   tables = [('Every row in full precision', heads, lines)]
   paths, found = _by_site(results)
   if paths:
     lines = [
-      [path, *(_fixed(decibels.get(path)) for _, decibels in found)]
+      [path, *(fixed(decibels.get(path)) for _, decibels in found)]
       for path in paths
     ]
     heads = ['site', *(name for name, _ in found)]
@@ -145,8 +116,8 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list, list]]:
   alone = results.get('sensitivity') or {}
   if alone.get('sites'):
     heads = ['path', 'kind', 'sqnr_db', 'agreement', 'kl', 'noise']
-    lines = [[_phrase(s.get(key)) for key in heads] for s in alone['sites']]
-    title = f'Each site alone in {_phrase(alone.get("spec"))}'
+    lines = [[phrase(s.get(key)) for key in heads] for s in alone['sites']]
+    title = f'Each site alone in {phrase(alone.get("spec"))}'
     tables.append((title, heads, lines))
   return tables
 
@@ -168,7 +139,7 @@ def all_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def _name(row: Row) -> str:
-  name = _phrase(row.get('name'))
+  name = phrase(row.get('name'))
   return name if len(name) <= 40 else f'{name[:37]}...'
 
 
@@ -184,7 +155,7 @@ def _refused(results: dict[str, Any]) -> list[tuple[str, list[str], str]]:
   for row in all_rows(results):
     for name, timed in (row.get('engines') or {}).items():
       if why := timed.get('note'):
-        found.setdefault((_phrase(row.get('name')), why), []).append(name)
+        found.setdefault((phrase(row.get('name')), why), []).append(name)
   return [(row, names, why) for (row, why), names in found.items()]
 
 
@@ -192,27 +163,27 @@ def _with_top1(results, key: str) -> Iterator[tuple[Row, float, float, bool]]:
   """Yields (row, its `key`, top-1 in percent, whether QAT) where known."""
   trained = len(ptq_rows(results))
   for index, row in enumerate(all_rows(results)):
-    value, top1 = _number(row.get(key)), _number(row.get('top1'))
+    value, top1 = number(row.get(key)), number(row.get('top1'))
     if value and top1 is not None:  # no artifact has 0 bytes, no weight 0 bits
       yield row, value, 100 * top1, index >= trained
 
 
 def _base(results) -> float | None:
-  top1 = _number((results.get('baseline') or {}).get('top1'))
+  top1 = number((results.get('baseline') or {}).get('top1'))
   return None if top1 is None else 100 * top1
 
 
 def _bits_data(results):
   points = []
   for row, bits, top1, is_qat in _with_top1(results, 'weight_bits'):
-    acts = _number(row.get('act_bits'))
+    acts = number(row.get('act_bits'))
     points.append((bits, None if acts is None else round(acts), top1, is_qat))
   return points, _base(results)
 
 
 def _accuracy_data(results):
   points = [
-    (_name(row), found / 1e6, top1, _phrase(row.get('execution')), is_qat)
+    (_name(row), found / 1e6, top1, phrase(row.get('execution')), is_qat)
     for row, found, top1, is_qat in _with_top1(results, 'artifact_bytes')
   ]
   return points, _base(results)
@@ -221,7 +192,7 @@ def _accuracy_data(results):
 def _times(timed: dict[str, Any]) -> list[float] | None:
   """Returns median, p10 and p90 in milliseconds, None where one is missing."""
   times = timed.get('latency_ms') or {}
-  found = [_number(times.get(key)) for key in ('median', 'p10', 'p90')]
+  found = [number(times.get(key)) for key in ('median', 'p10', 'p90')]
   return None if None in found else found
 
 
@@ -239,9 +210,9 @@ def _latency_data(results):
 def _size_data(results):
   lines = [
     (_name(row), found / 1e6,
-     f'{found / 1e6:.2f} MB, {_fixed(row.get("compression"))}x')
+     f'{found / 1e6:.2f} MB, {fixed(row.get("compression"))}x')
     for row in all_rows(results)
-    if (found := _number(row.get('artifact_bytes'))) is not None
+    if (found := number(row.get('artifact_bytes'))) is not None
   ]  # fmt: skip
   return (lines,)
 
@@ -258,7 +229,7 @@ def _class_data(results):
     moved = [
       (100 * (new - old), index)
       for index, (old, new) in enumerate(zip(before, after, strict=False))
-      if _number(old) is not None and _number(new) is not None
+      if number(old) is not None and number(new) is not None
     ]
     if not moved or row.get('name') == baseline.get('name'):
       continue
@@ -273,22 +244,22 @@ def _class_data(results):
 
 def _confusion_data(results):
   rows = [row for row in all_rows(results) if row.get('confusion')]
-  with_top1 = [row for row in rows if _number(row.get('top1')) is not None]
+  with_top1 = [row for row in rows if number(row.get('top1')) is not None]
   packed = [
     row
     for row in with_top1
     if row.get('execution') == 'integer'
     and not row.get('collapsed')
-    and _number(row.get('weight_bits')) is not None
+    and number(row.get('weight_bits')) is not None
   ]
   by_bits = lambda row: (
-    row['weight_bits'], _number(row.get('act_bits')) or math.inf, -row['top1']
+    row['weight_bits'], number(row.get('act_bits')) or math.inf, -row['top1']
   )  # fmt: skip
   chosen = [results.get('baseline') or {}]
   chosen += sorted(packed, key=by_bits)[:1]
   chosen += sorted(with_top1, key=lambda row: row['top1'])[:1]
   panels = {
-    f'{_name(row)}\ntop-1 {_fixed(row.get("top1"), 100)} %': row['confusion']
+    f'{_name(row)}\ntop-1 {fixed(row.get("top1"), 100)} %': row['confusion']
     for row in chosen
     if row.get('confusion')
   }
@@ -305,7 +276,7 @@ def _by_site(results):
   rows = {}
   for row in all_rows(results):
     found = {
-      site['path']: _number(site.get('sqnr_db'))
+      site['path']: number(site.get('sqnr_db'))
       for site in row.get('sites') or []
     }
     if any(value is not None for value in found.values()):
@@ -333,12 +304,12 @@ def _sqnr_data(results):
 def _sensitivity_data(results):
   found = results.get('sensitivity') or {}
   sites = [
-    (site['path'], _phrase(site.get('kind')),
-     *(math.nan if (value := _number(site.get(key))) is None else by * value
+    (site['path'], phrase(site.get('kind')),
+     *(math.nan if (value := number(site.get(key))) is None else by * value
        for key, by in (('sqnr_db', 1), ('agreement', 100))))
     for site in (found.get('sites') or [])[:_MOST_BARS]
   ]  # fmt: skip
-  return sites, _phrase(found.get('spec'))
+  return sites, phrase(found.get('spec'))
 
 
 # In the order of the page; the function's name is the stem of the PNG.

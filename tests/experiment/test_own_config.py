@@ -220,7 +220,7 @@ def test_runs_are_compared_on_one_page(made, call_main, tmp_path):
   ]  # fmt: skip
   page = (tmp_path / 'compare.html').read_text()
   for row in found['rows']:
-    assert f'<th>{row["run"]}</th>' in page
+    assert f'<th class="text">{row["run"]}</th>' in page
     assert f'{100 * row["top1"]:.2f}' in page
   assert '<svg' in page
   assert '<script' not in page

@@ -147,12 +147,12 @@ def text(report):
 
 
 def table_lines(text):
-  """Returns the cells of the main table, by the name of the row."""
-  body = text.split('<table class="main">')[1].split('</table>')[0]
+  """Returns the cells of the main tables, by the name of the row."""
   lines = {}
-  for line in body.split('<tr')[2:]:
-    cells = re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', line)
-    lines[cells[0]] = cells[1:]
+  for part in text.split('<table class="cards main">')[1:]:
+    for line in part.split('</table>')[0].split('<tr')[2:]:
+      name, *cells = re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', line)
+      lines[name] = lines.get(name, []) + cells
   return lines
 
 
@@ -163,7 +163,7 @@ def test_every_row_and_its_accuracy_stand_in_the_table(text):
     cells = lines[row['name'].replace('&', '&amp;')]
     assert cells[3] == f'{100 * row["top1"]:.2f}'
   assert lines['mixed_variance'][1:3] == ['4.73', '6.5']
-  assert lines['int8_static'][13:16] == ['4.00', '3.50', '4.75']
+  assert lines['int8_static'][10:13] == ['4.00', '3.50', '4.75']
   assert lines['int8_static'][-1] == 'integer'
   names = list(lines)
   assert (
@@ -173,9 +173,9 @@ def test_every_row_and_its_accuracy_stand_in_the_table(text):
 
 def test_what_was_not_measured_is_a_dash(text):
   lines = table_lines(text)
-  assert lines['int4_weight_only'][7] == '-'  # top-5 is null
-  assert lines['int4_weight_only'][13:16] == ['-', '-', '-']
-  assert lines['mixed_variance'][8] == '-'  # no macro F1 at all
+  assert lines['int4_weight_only'][4] == '-'  # top-5 is null
+  assert lines['int4_weight_only'][10:13] == ['-', '-', '-']
+  assert lines['mixed_variance'][5] == '-'  # no macro F1 at all
   assert 'None' not in text
   assert 'Undefined' not in text
 
@@ -185,9 +185,11 @@ def test_a_row_has_its_interval_and_its_test_against_float(tmp_path):
     'top1_interval': [0.4531, 0.5469],
     'paired': {'gained': 3, 'lost': 11, 'p': 0.0574},
   }  # fmt: skip
-  path = page.write(tmp_path, make_bare(row))
-  cells = table_lines(path.read_text())['w4a4']
-  assert cells[3:7] == ['50.00', '45.3 to 54.7', '+3 -11', '0.057']
+  text = page.write(tmp_path, make_bare(row)).read_text()
+  part = text.split('<table class="cards certainty">')[1].split('</table>')[0]
+  line = part[part.index('w4a4') :]
+  cells = re.findall(r'<td[^>]*>(.*?)</td>', line)[:4]
+  assert cells == ['50.00', '45.3 to 54.7', '+3 -11', '0.057']
 
 
 def test_rows_not_in_integers_say_why(text):
@@ -282,7 +284,7 @@ def test_figures_that_no_longer_exist_are_removed(tmp_path):
   nothing = dict.fromkeys(make_row('w4a4', 4, 4, 0.5)) | {'name': 'w4a4'}
   path = page.write(tmp_path, make_bare(nothing) | {'qat': None})
   assert [p.name for p in folder.iterdir()] == ['mine.png']
-  assert table_lines(path.read_text())['w4a4'] == ['-'] * 23
+  assert table_lines(path.read_text())['w4a4'] == ['-'] * 20
   Reader(path.read_text())
 
 
@@ -337,10 +339,10 @@ def test_other_runtimes_have_columns_of_their_own(tmp_path):
   results, why = with_engines()
   text = page.write(tmp_path, results).read_text()
   Reader(text)
-  table = text[text.index('<table class="main">') : text.index('</table>')]
+  table = text.split('<table class="cards main">')[2].split('</table>')[0]
   assert table.count('<th>its float32<small>times</small></th>') == 2
   row = table[table.index('int8_static') :].split('</tr>')[0]
-  cells = re.findall(r'<td>([^<]*)</td>', row)
+  cells = re.findall(r'<td[^>]*>([^<]*)</td>', row)
   start = cells.index('1234.5')
   assert cells[start : start + 4] == ['1234.5', '2.75', '2345.5', '3.25']
   lengths = {
