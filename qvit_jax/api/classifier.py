@@ -406,7 +406,8 @@ def quantize(
     packed = table.pack(row)
   notes = [line for line in said if line.startswith(('note:', 'rule'))]
   for line in notes:
-    warnings.warn(line, stacklevel=2)
+    if line.startswith('note:'):
+      warnings.warn(line, stacklevel=2)
   config = config_lib.with_fields(config, {'quant.recipe': _packed_recipe()})
   made = _experiment(config, classifier.class_names, packed=packed)
   line = f'{row}, calibrated on {len(pixels)} images'
